@@ -1,0 +1,1 @@
+"""Checkpoint to bundle: PyTorch reference, tracing, comparison. Needs the extra ``[export]``."""

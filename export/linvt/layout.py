@@ -1,0 +1,113 @@
+"""Which LinVT a checkpoint or a separate weight file holds: its choices and where its tensors are.
+
+Released files carry no sizes for heads, layers and top_k (the code fixes 4, 8 and 1024); layers, queries and width are
+read off the tensors, the rest from ``linvt_*`` keys: of the weight file's own metadata, of a ``config.json`` beside it,
+or of the checkpoint's ``config.json``, in that order.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from export.checkpoint import Checkpoint, TensorFiles, read_json
+from export.load import Names
+from runtime.errors import CheckpointError
+from runtime.linvt import LinVTConfig
+
+__all__ = ["LinVTWeights", "linvt_from_checkpoint", "linvt_from_file", "linvt_keys"]
+
+QUERIES = "query_tokens"
+LAYER = re.compile(r"linVT\.svt_module\.attention_network\.layers\.(\d+)\.")
+# Key of config.json -> field of LinVTConfig. The first four are ours for what the released code fixes.
+KEYS = {
+    "linvt_num_heads": "heads",
+    "linvt_num_layers": "layers",
+    "linvt_top_k": "top_k",
+    "linvt_norm_eps": "norm_eps",
+    "num_video_query_token": "queries",
+    "linvt_pool_scales": "pool_scales",
+    "linvt_axes": "axes",
+    "linvt_select_from": "select_from",
+    "linvt_positions": "positions",
+    "linvt_query_self_attention": "query_self_attention",
+    "linvt_residual": "residual",
+    "linvt_order": "order",
+    "linvt_tokens_per_frame": "tokens_per_frame",
+    "linvt_max_frames": "max_frames",
+}
+# Stored in released files, read by no formula: query and key of the collapsed self attention stay in the packed tensor.
+UNUSED = tuple(f"linVT.tta_module.layer_linagg.linear_aggregator.{name}." for name in ("wv", "dense"))
+NAMES = Names(unused=UNUSED)
+
+
+@dataclass(frozen=True)
+class LinVTWeights:
+    """A LinVT's choices and its tensors."""
+
+    config: LinVTConfig
+    tensors: TensorFiles
+    names: Names = NAMES
+
+
+def linvt_from_checkpoint(checkpoint: Checkpoint, width: int) -> LinVTWeights | None:
+    """The LinVT inside a checkpoint, or None when it has none."""
+    if QUERIES not in checkpoint.tensors.files:
+        return None
+    return linvt_from_tensors(checkpoint.tensors, checkpoint.config, width)
+
+
+def linvt_from_file(path: str | os.PathLike[str], checkpoint: Checkpoint, width: int) -> LinVTWeights:
+    """The LinVT in a safetensors file of its own, or in a folder of such files."""
+    source = Path(path)
+    files = sorted(source.glob("*.safetensors")) if source.is_dir() else [source]
+    if not files or not files[0].is_file():
+        raise CheckpointError(f"--linvt {path}: expected a safetensors file, a folder of them, or none")
+    tensors = TensorFiles.scan(files)
+    beside = files[0].parent / "config.json"
+    config = (
+        checkpoint.config
+        | (read_json(beside) if beside.is_file() else {})
+        | {key: parsed(value) for key, value in tensors.metadata().items() if key in KEYS}
+    )
+    return linvt_from_tensors(tensors, config, width)
+
+
+def linvt_from_tensors(tensors: TensorFiles, config: Mapping[str, Any], width: int) -> LinVTWeights:
+    """Choices from ``config``, with layers, queries and width checked against the tensors."""
+    shape = tensors.shape(QUERIES)
+    if len(shape) != 3 or shape[2] != width:
+        raise CheckpointError(
+            f"tensor {QUERIES} has shape {list(shape)}, expected [1, queries, {width}]; "
+            "these LinVT weights belong to another LLM"
+        )
+    layers = {int(found[1]) for name in tensors.files if (found := LAYER.match(name))}
+    fields = {"queries": shape[1], "layers": len(layers)} | {
+        field: config[key] for key, field in KEYS.items() if config.get(key) is not None
+    }
+    if config.get("use_multi_scale") is False:
+        fields["pool_scales"] = [1]
+    try:
+        return LinVTWeights(msgspec.convert(fields | {"width": width}, LinVTConfig), tensors)
+    except msgspec.ValidationError as error:
+        raise CheckpointError(f"LinVT settings in config.json do not fit: {error}") from error
+
+
+def linvt_keys(config: LinVTConfig) -> dict[str, Any]:
+    """The ``config.json`` keys that say what ``config`` says."""
+    return {key: getattr(config, field) for key, field in KEYS.items()}
+
+
+def parsed(value: str) -> Any:
+    """A metadata string as JSON, or as it is."""
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
