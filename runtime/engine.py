@@ -1,0 +1,293 @@
+"""``VideoQA``: a bundle that answers questions about videos.
+
+The video's way: frames -> pixel values -> vision -> SVR, kept in a ``Video``. The question's way: tokens -> LinVT's
+aggregation -> rows in the prompt -> prefill -> one token after the other. A second question about a ``Video`` takes the
+second way only.
+
+Knows no inference library (``backend``), no container format (``video``) and no command line (``run``).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.answer import Answer, Progress, Stopwatch, Stream
+from runtime.backend import Array, Backend, BackendName, open_backend
+from runtime.bundle import Bundle
+from runtime.detokenize import Detokenizer
+from runtime.embedding import EmbeddingTable
+from runtime.errors import BundleError, OptionError, QuestionError
+from runtime.options import GenerationOptions, Sampling
+from runtime.preprocess import pixel_values_from_frames
+from runtime.sample import Sampler
+from runtime.text import Prompt, PromptBuilder
+from runtime.video import FrameChoice, choose, open_source
+from runtime.video.source import VideoLike
+
+__all__ = ["Video", "VideoQA"]
+
+FRAME_BATCH = 4  # frames decoded, resized and sent through vision together
+
+
+@dataclass(frozen=True, eq=False)
+class Video:
+    """What is kept of a video: everything that does not depend on a question.
+
+    Attributes:
+        timestamps: (T,) float64, seconds of the frames that were used.
+        features: (1, M, D) f32 with LinVT, (1, T * N, D) f32 without.
+        milliseconds: time spent per stage.
+        bundle: identity of the bundle that made the features.
+    """
+
+    timestamps: NDArray[np.float64]
+    features: NDArray[np.float32]
+    milliseconds: dict[str, float]
+    bundle: str = field(repr=False)
+
+    @property
+    def frames(self) -> int:
+        """T, the number of frames that were used."""
+        return len(self.timestamps)
+
+
+class VideoQA:
+    """An opened bundle. Use it as a context manager, or call ``close``."""
+
+    def __init__(self, bundle: Bundle, backend: Backend, prompts: PromptBuilder, table: EmbeddingTable) -> None:
+        self.bundle = bundle
+        self.backend = backend
+        self.prompts = prompts
+        self.table = table
+
+    @classmethod
+    def open(
+        cls,
+        bundle: str | os.PathLike[str],
+        *,
+        backend: BackendName = "auto",
+        threads: int | None = None,
+        verify: bool = False,
+    ) -> VideoQA:
+        """Open the bundle at a path; "demo" names the one that ships with the package.
+
+        Args:
+            bundle: the bundle's folder.
+            backend: "cpu", "cuda", or "auto" for the best one present.
+            threads: compute threads on the CPU; None takes one per core.
+            verify: hash all files again even if they were found good before.
+
+        Raises:
+            BundleError: not a bundle, or a damaged one.
+            BackendError: the backend is not available.
+        """
+        checked = Bundle.open(bundle, verify=verify)
+        template = read_text(checked.path("chat_template.jinja"))
+        prompts = PromptBuilder(checked.path("tokenizer.json"), template, checked.manifest.prompt)
+        table = EmbeddingTable.open(checked.path("embedding.safetensors"))
+        return cls(checked, open_backend(checked, backend, threads=threads), prompts, table)
+
+    def __enter__(self) -> VideoQA:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the graphs; the object cannot be used afterwards."""
+        self.backend.close()
+
+    def video(
+        self,
+        source: VideoLike,
+        *,
+        frames: int | None = None,
+        fps: float | None = None,
+        start: float | None = None,
+        end: float | None = None,
+    ) -> Video:
+        """Read a video once, for any number of questions.
+
+        Args:
+            source: a file that PyAV opens, its bytes, a folder of images, or frames (T, H, W, 3) uint8 RGB,
+                which are all used unless a choice is given.
+            frames: how many frames to take, from the middle of as many equal segments.
+            fps: take this many frames a second instead.
+            start: seconds into the video at which to begin.
+            end: seconds into the video at which to end.
+
+        Raises:
+            VideoError: the source cannot be read.
+            OptionError: a number outside what the bundle or the video allows.
+        """
+        watch = Stopwatch()
+        choice = FrameChoice(frames=frames, fps=fps, start=start, end=end)
+        with watch("decode_video"), open_source(source) as opened:
+            indices = self.choose_frames(source, opened.timestamps, choice)
+            timestamps = opened.timestamps[indices]
+            tokens = self.frame_tokens(opened.frames(indices), len(indices), watch)
+        features = self.refine(tokens, watch)
+        return Video(timestamps, features, watch.milliseconds, self.bundle.identity)
+
+    def choose_frames(
+        self, source: VideoLike, timestamps: NDArray[np.float64], choice: FrameChoice
+    ) -> NDArray[np.int64]:
+        """Indices of the frames to take; an array that fits is taken whole: its owner chose the frames."""
+        spec = self.bundle.manifest.frames
+        count = len(timestamps)
+        if isinstance(source, np.ndarray) and choice == FrameChoice() and spec.minimum <= count <= spec.maximum:
+            return np.arange(count)
+        return choose(timestamps, choice, minimum=spec.minimum, default=spec.default, maximum=spec.maximum)
+
+    def frame_tokens(self, frames: Iterator[NDArray[np.uint8]], count: int, watch: Stopwatch) -> NDArray[np.float32]:
+        """Frames, one batch in memory at a time -> tokens (1, T, N, D)."""
+        manifest = self.bundle.manifest
+        tokens = np.empty((1, count, manifest.frames.tokens, manifest.width), np.float32)
+        for start in range(0, count, FRAME_BATCH):
+            batch = [next(frames) for _ in range(min(FRAME_BATCH, count - start))]
+            with watch("preprocess"):
+                pixel_values = pixel_values_from_frames(batch, manifest.preprocess)
+            outputs = self.run("vision", {"pixel_values": pixel_values}, watch)
+            tokens[0, start : start + len(batch)] = outputs["tokens"]
+        return tokens
+
+    def refine(self, tokens: NDArray[np.float32], watch: Stopwatch) -> NDArray[np.float32]:
+        """Frame tokens (1, T, N, D) -> the features a ``Video`` keeps."""
+        if self.bundle.manifest.linvt is None:
+            return tokens.reshape(1, -1, tokens.shape[-1])
+        visual: NDArray[np.float32] = self.run("refine", {"tokens": tokens}, watch)["visual"]
+        return visual
+
+    def run(self, stage: str, feeds: dict[str, Array], watch: Stopwatch) -> dict[str, Array]:
+        """Run one graph; loading it, the first time, counts for itself."""
+        with watch("load"):
+            graph = self.backend.graph(stage)
+        with watch(stage):
+            return graph.run(feeds)
+
+    def ask(self, video: Video | VideoLike, question: str, options: GenerationOptions | None = None) -> Answer:
+        """Answer a question; raises what ``video`` and ``stream`` raise."""
+        return self.stream(video, question, options).answer
+
+    def stream(self, video: Video | VideoLike, question: str, options: GenerationOptions | None = None) -> Stream:
+        """Answer a question piece by piece.
+
+        Args:
+            video: from ``video``, or what ``video`` takes as its source.
+            question: plain text.
+            options: how to generate; the bundle's defaults hold for what is None.
+
+        Returns:
+            An iterator of text pieces that never cut a character; its ``answer`` is whole after the last piece.
+
+        Raises:
+            QuestionError: empty, too long for the context, or holding control tokens.
+            OptionError: an option out of range, or a ``Video`` of another bundle.
+        """
+        sampling = (options or GenerationOptions()).resolve(self.bundle.manifest.generation)
+        self.prompts.check(question)
+        watch = Stopwatch()
+        if isinstance(video, Video):
+            seen = video
+        else:
+            seen = self.video(video)
+            watch = Stopwatch(dict(seen.milliseconds))
+        if seen.bundle != self.bundle.identity:
+            raise OptionError("this Video was made with another bundle; make it again with this one's video()")
+        with watch("prompt"):
+            prompt = self.prompt(question, seen.frames)
+        progress = Progress([])
+        pieces = self.generate(prompt, seen, sampling, watch, progress)
+        return Stream(pieces, progress, lambda text, done: finished(text, done, prompt, seen, watch))
+
+    def prompt(self, question: str, frames: int) -> Prompt:
+        """Tokenise a question about so many frames; it must leave room for an answer in the context."""
+        manifest = self.bundle.manifest
+        rows = manifest.visual_rows(frames)
+        tokens = rows if manifest.linvt else manifest.frames.tokens
+        prompt = self.prompts.build(question, frames=frames, tokens=tokens, rows=rows)
+        length = len(prompt.input_ids)
+        if length >= manifest.context:
+            raise QuestionError(
+                f"question and video make {length} tokens, the model's context holds {manifest.context} with the "
+                "answer; shorten the question" + ("" if manifest.linvt else " or take fewer frames")
+            )
+        return prompt
+
+    def generate(
+        self, prompt: Prompt, video: Video, sampling: Sampling, watch: Stopwatch, progress: Progress
+    ) -> Iterator[str]:
+        """Prefill, then one token after the other until a stop token, the limit or the context's end."""
+        length = len(prompt.input_ids)
+        limit = min(sampling.max_new_tokens, self.bundle.manifest.context - length)
+        stops = () if sampling.ignore_eos else self.bundle.manifest.prompt.stop_ids
+        sampler, text = Sampler(sampling), Detokenizer(self.prompts.tokenizer)
+        embeds = self.prompt_rows(prompt, video, watch)
+        with watch("load"):
+            decoder = self.backend.decoder(length + limit)
+        with watch("prefill"):
+            token = sampler.next(decoder.step(embeds))
+        progress.first_token_ms = sum(watch.milliseconds.values())
+        while True:
+            if token in stops:
+                progress.finish_reason = "stop"
+                break
+            progress.token_ids.append(token)
+            if piece := text.push(token):
+                yield piece
+            if len(progress.token_ids) == limit:
+                break
+            with watch("decode"):
+                token = sampler.next(decoder.step(self.table.rows(np.array([token]))))
+        if piece := text.flush():
+            yield piece
+
+    def prompt_rows(self, prompt: Prompt, video: Video, watch: Stopwatch) -> NDArray[np.float32]:
+        """The prompt's embeddings (S, D) with the video's rows in their places."""
+        ids = prompt.input_ids.copy()
+        ids[prompt.visual_positions] = 0  # the placeholder's own id may lie outside the table
+        rows = self.table.rows(ids)
+        rows[prompt.visual_positions] = self.visual_rows(prompt, video, watch)
+        return rows
+
+    def visual_rows(self, prompt: Prompt, video: Video, watch: Stopwatch) -> NDArray[np.float32]:
+        """What the LLM sees of the video: (Q, D) with LinVT, (T * N, D) without."""
+        if self.bundle.manifest.linvt is None:
+            kept: NDArray[np.float32] = video.features[0]
+            return kept
+        feeds = {"visual": video.features, "text": self.table.rows(prompt.text_ids)[None]}
+        tokens: NDArray[np.float32] = self.run("aggregate", feeds, watch)["tokens"][0]
+        return tokens
+
+
+def finished(text: str, progress: Progress, prompt: Prompt, video: Video, watch: Stopwatch) -> Answer:
+    """Put an answer together."""
+    after_first = len(progress.token_ids) - 1 + (progress.finish_reason == "stop")
+    seconds = watch.milliseconds.get("decode", 0.0) / 1000
+    return Answer(
+        text=text.strip(),
+        token_ids=tuple(progress.token_ids),
+        finish_reason=progress.finish_reason,
+        prompt_tokens=len(prompt.input_ids),
+        frame_timestamps=tuple(video.timestamps.tolist()),
+        milliseconds=dict(watch.milliseconds),
+        first_token_ms=progress.first_token_ms,
+        tokens_per_second=after_first / seconds if seconds else 0.0,
+    )
+
+
+def read_text(path: Path) -> str:
+    """A text file of the bundle."""
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BundleError(f"{path} is not readable as text: {error}; export the bundle again") from error

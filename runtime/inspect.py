@@ -1,0 +1,116 @@
+"""``python -m runtime.inspect BUNDLE``: what is inside a bundle, and what was proven about it.
+
+Opens no graph.
+"""
+
+# ruff: noqa: T201  a command prints
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from runtime.bundle import EVIDENCE, Bundle
+from runtime.cli import Parser, guarded
+from runtime.errors import BundleError
+from runtime.manifest import Manifest, TensorSpec
+
+__all__ = ["main", "read_evidence"]
+
+PROGRAM = "linvt-inspect"
+STAGES = ("vision", "refine", "aggregate", "decode")  # in the order in which a video meets them
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = Parser(PROGRAM, description="Show what is inside a bundle.")
+    parser.add_argument("bundle", help="bundle folder, or demo")
+    parser.add_argument("--json", action="store_true", help="print the manifest and the evidence as one object")
+    parser.add_argument("--verify", action="store_true", help="hash every file again")
+    arguments = parser.parse_args(argv)
+    return guarded(PROGRAM, lambda: show(arguments.bundle, arguments.json, arguments.verify))
+
+
+def show(path: str, as_json: bool, verify: bool) -> int:
+    """Check the bundle and print it."""
+    bundle = Bundle.open(path, verify=verify)
+    evidence = read_evidence(bundle)
+    if as_json:
+        print(msgspec.json.encode({"manifest": bundle.manifest, "evidence": evidence}).decode())
+    else:
+        print("\n".join(lines(bundle, evidence)))
+    return 0
+
+
+def lines(bundle: Bundle, evidence: dict[str, Any] | None) -> Iterator[str]:
+    """The bundle in words."""
+    manifest = bundle.manifest
+    yield f"{bundle.folder}"
+    yield f"  family      {manifest.family}, {megabytes(manifest):.1f} MB in {len(manifest.files) + 1} files"
+    yield f"  linvt       {linvt_line(manifest)}"
+    frames = manifest.frames
+    yield (
+        f"  frames      {frames.default} by default, {frames.minimum} to {frames.maximum}, "
+        f"{frames.tokens} tokens each, {manifest.preprocess.size[1]} x {manifest.preprocess.size[0]} pixels"
+    )
+    yield f"  llm         width {manifest.width}, {manifest.layers} layers, context {manifest.context} tokens"
+    yield f"  generation  {fields(manifest.generation)}"
+    yield f"  evidence    {evidence_line(bundle, evidence)}"
+    for name in sorted(manifest.stages, key=STAGES.index):
+        stage = manifest.stages[name]
+        size = sum(spec.size for file, spec in manifest.files.items() if file.startswith(stage.file))
+        yield f"  {name:<11} {size / 1e6:.1f} MB, computes in {stage.compute}, stored in {stage.storage}"
+        yield f"    in        {tensors(stage.inputs)}"
+        yield f"    out       {tensors(stage.outputs)}"
+    for key, value in manifest.provenance.items():
+        yield f"  {key:<23} {value}"
+
+
+def megabytes(manifest: Manifest) -> float:
+    """Size of all listed files."""
+    return sum(spec.size for spec in manifest.files.values()) / 1e6
+
+
+def linvt_line(manifest: Manifest) -> str:
+    """LinVT's choices in one line."""
+    return fields(manifest.linvt) if manifest.linvt else "none: frame tokens go straight to the LLM"
+
+
+def fields(record: msgspec.Struct) -> str:
+    """name=value of every field."""
+    return ", ".join(f"{name}={value}" for name, value in msgspec.structs.asdict(record).items())
+
+
+def tensors(specs: tuple[TensorSpec, ...]) -> str:
+    """Graph inputs or outputs; the KV cache's layers as one."""
+    shown = [spec for spec in specs if not spec.name.startswith(("past_", "present_")) or spec.name.endswith(".0")]
+    return "; ".join(f"{spec.name} {spec.dtype} {list(spec.shape)}" for spec in shown)
+
+
+def read_evidence(bundle: Bundle) -> dict[str, Any] | None:
+    """What the comparison with PyTorch wrote; None where none was made."""
+    path: Path = bundle.folder / EVIDENCE
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.MsgspecError) as error:
+        raise BundleError(f"{path} is not readable: {error}; make it again with python -m export.compare") from error
+
+
+def evidence_line(bundle: Bundle, evidence: dict[str, Any] | None) -> str:
+    """Whether the bundle was proven equal to PyTorch."""
+    if evidence is None:
+        return "none; make it with 'python -m export.compare BUNDLE CHECKPOINT'"
+    if evidence.get("bundle") != bundle.identity:
+        return "of another state of this bundle; compare again"
+    verdict = "passed" if evidence.get("passed") else f"FAILED at {evidence.get('first_departure')}"
+    return f"{verdict}: {len(evidence.get('cases', []))} cases against PyTorch"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

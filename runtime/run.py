@@ -1,0 +1,168 @@
+"""``python -m runtime.run [BUNDLE VIDEO QUESTION]``: answer a question about a video.
+
+Without arguments the bundled demo answers about the bundled sample. The answer goes to stdout as it is
+generated, a line of timings to stderr; ``--json`` prints one object instead.
+"""
+
+# ruff: noqa: T201  a command prints
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from runtime.answer import Answer
+from runtime.bundle import DEMO
+from runtime.cli import Parser, add_backend_options, guarded
+from runtime.engine import Video, VideoQA
+from runtime.options import GenerationOptions
+
+__all__ = ["main"]
+
+PROGRAM = "linvt-run"
+SAMPLE = Path(__file__).parent / "demo" / "sample.mp4"
+SAMPLE_QUESTION = "What is happening in this video?"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run, parsed."""
+
+    arguments: argparse.Namespace
+    generation: GenerationOptions
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    return guarded(PROGRAM, lambda: run(parse(argv)))
+
+
+def parse(argv: list[str] | None) -> RunConfig:
+    """Command line -> configuration."""
+    parser = Parser(PROGRAM, description="Answer a question about a video with an exported bundle.")
+    parser.add_argument("bundle", nargs="?", default=DEMO, help="bundle folder, or demo (default)")
+    parser.add_argument("video", nargs="?", help="video file or folder of images; default: the bundled sample")
+    parser.add_argument("question", nargs="?", help="plain text")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("-v", "--verbose", action="store_true", help="say what is used and where time goes")
+    add_video_options(parser)
+    names = add_generation_options(parser)
+    add_backend_options(parser)
+    arguments = parser.parse_args(argv)
+    if arguments.video is not None and arguments.question is None:
+        parser.error("a VIDEO needs a QUESTION")
+    if arguments.video is None and arguments.bundle != DEMO:
+        parser.error("a BUNDLE needs a VIDEO and a QUESTION")
+    options = {name: getattr(arguments, name) for name in names}
+    return RunConfig(arguments, GenerationOptions(**options))
+
+
+def add_video_options(parser: argparse.ArgumentParser) -> None:
+    """Which frames are looked at."""
+    group = parser.add_argument_group("frames")
+    group.add_argument("--frames", type=int, metavar="N", help="so many, spread evenly; default: the bundle's")
+    group.add_argument("--fps", type=float, metavar="X", help="so many per second instead")
+    group.add_argument("--start", type=float, metavar="SECONDS", help="begin here")
+    group.add_argument("--end", type=float, metavar="SECONDS", help="end here")
+
+
+def add_generation_options(parser: argparse.ArgumentParser) -> list[str]:
+    """How the answer is generated, under Hugging Face's names; returns the names."""
+    group = parser.add_argument_group("generation (default: as the bundle says)")
+    options: list[argparse.Action] = [
+        group.add_argument("--max-new-tokens", type=int, metavar="N"),
+        group.add_argument("--do-sample", action=argparse.BooleanOptionalAction),
+        group.add_argument("--temperature", type=float, metavar="X"),
+        group.add_argument("--top-p", type=float, metavar="X"),
+        group.add_argument("--top-k", type=int, metavar="N"),
+        group.add_argument("--repetition-penalty", type=float, metavar="X"),
+        group.add_argument("--seed", type=int, metavar="N"),
+        group.add_argument("--ignore-eos", action="store_true", help="go on to --max-new-tokens"),
+    ]
+    return [option.dest for option in options]
+
+
+def run(config: RunConfig) -> int:
+    """Open, look, answer, print."""
+    arguments = config.arguments
+    with VideoQA.open(
+        arguments.bundle, backend=arguments.backend, threads=arguments.threads, verify=arguments.verify
+    ) as qa:
+        question = SAMPLE_QUESTION if arguments.question is None else arguments.question
+        qa.prompts.check(question)
+        if arguments.verbose:
+            note_settings(qa, config)
+        if arguments.video is None and not arguments.json:
+            print(f"{SAMPLE.name}: {question}", file=sys.stderr)
+        video = qa.video(
+            SAMPLE if arguments.video is None else arguments.video,
+            frames=arguments.frames,
+            fps=arguments.fps,
+            start=arguments.start,
+            end=arguments.end,
+        )
+        answer = print_answer(qa, video, question, config)
+    if not arguments.json:
+        print(timings(answer, video), file=sys.stderr)
+    return 0
+
+
+def print_answer(qa: VideoQA, video: Video, question: str, config: RunConfig) -> Answer:
+    """The answer as text while it comes, or as one JSON object."""
+    stream = qa.stream(video, question, config.generation)
+    if config.arguments.json:
+        print(json_text(stream.answer, video, qa.backend.name))
+        return stream.answer
+    for piece in stream:
+        print(piece, end="", flush=True)
+    print(flush=True)
+    return stream.answer
+
+
+def json_text(answer: Answer, video: Video, backend: str) -> str:
+    """One JSON object."""
+    content = {
+        "answer": answer.text,
+        "token_ids": answer.token_ids,
+        "finish_reason": answer.finish_reason,
+        "frame_timestamps": answer.frame_timestamps,
+        "prompt_tokens": answer.prompt_tokens,
+        "milliseconds": rounded(video.milliseconds | answer.milliseconds),
+        "first_token_ms": round(sum(video.milliseconds.values()) + answer.first_token_ms, 3),
+        "tokens_per_second": round(answer.tokens_per_second, 3),
+        "backend": backend,
+    }
+    return msgspec.json.encode(content).decode()
+
+
+def timings(answer: Answer, video: Video) -> str:
+    """One line: where the time went."""
+    stages = rounded(video.milliseconds | answer.milliseconds, 1)
+    first = sum(video.milliseconds.values()) + answer.first_token_ms
+    return (
+        f"[{len(answer.frame_timestamps)} frames | "
+        + " ".join(f"{stage} {took}" for stage, took in stages.items())
+        + f" ms | first token {first:.0f} ms | {len(answer.token_ids)} tokens, {answer.tokens_per_second:.0f}/s]"
+    )
+
+
+def rounded(milliseconds: dict[str, float], digits: int = 3) -> dict[str, float]:
+    """Milliseconds without noise digits."""
+    return {stage: round(took, digits) for stage, took in milliseconds.items()}
+
+
+def note_settings(qa: VideoQA, config: RunConfig) -> None:
+    """What is used, on stderr."""
+    manifest = qa.bundle.manifest
+    print(f"bundle {qa.bundle.folder}: {manifest.family}, backend {qa.backend.name}", file=sys.stderr)
+    print(f"generation: {config.generation.resolve(manifest.generation)}", file=sys.stderr)
+    if ignored := config.generation.ignored(manifest.generation):
+        print(f"without --do-sample these have no effect: {', '.join(ignored)}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
