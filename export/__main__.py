@@ -1,0 +1,82 @@
+"""``python -m export CHECKPOINT -o BUNDLE``: a published checkpoint becomes a bundle."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from runtime.cli import Parser, guarded
+from runtime.errors import DependencyError
+
+__all__ = ["add_export_options", "export", "main"]
+
+PROGRAM = "linvt-export"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = Parser(PROGRAM, description="Export a LinVT checkpoint to a bundle that runs without torch.")
+    parser.add_argument("checkpoint", help="folder in a published layout, or a hub id")
+    parser.add_argument("-o", "--output", required=True, type=Path, metavar="BUNDLE", help="folder to write")
+    add_export_options(parser)
+    arguments = parser.parse_args(argv)
+    return guarded(PROGRAM, lambda: export(arguments))
+
+
+def add_export_options(parser: argparse.ArgumentParser) -> None:
+    """What ``optimum-cli export linvt`` takes too."""
+    parser.add_argument(
+        "--linvt",
+        metavar="WEIGHTS",
+        help="LinVT weights (safetensors) where the checkpoint has none, or 'none' for the plain image LLM",
+    )
+    parser.add_argument("--frames", type=int, metavar="N", help="frames taken of a video unless told otherwise")
+    parser.add_argument(
+        "--layout",
+        choices=("video", "training"),
+        default="video",
+        help="how the video stands in the prompt: as in chat (default), or as in the released training data",
+    )
+    parser.add_argument(
+        "--text-input",
+        choices=("question", "released_slice"),
+        default="question",
+        help="what LinVT reads: the question (default), or the slice the released training code took",
+    )
+    parser.add_argument("--force", action="store_true", help="replace a bundle that exists")
+
+
+def export(arguments: argparse.Namespace) -> int:
+    """Run the export with a progress display on stderr."""
+    require_extra()
+    from export.convert import ExportOptions, bundle_from_checkpoint
+    from export.progress import Steps
+
+    options = ExportOptions(
+        checkpoint=arguments.checkpoint,
+        output=arguments.output,
+        linvt=arguments.linvt,
+        frames=arguments.frames,
+        layout=arguments.layout,
+        text_input=arguments.text_input,
+        force=arguments.force,
+    )
+    with Steps("export") as steps:
+        bundle_from_checkpoint(options, steps.begin)
+        steps.end()
+        steps.say(f"wrote {options.output}")
+    return 0
+
+
+def require_extra() -> None:
+    """Say which extra is missing before anything fails for it."""
+    import importlib.util
+
+    for package in ("torch", "onnx", "onnxscript", "safetensors", "tqdm", "transformers"):
+        if importlib.util.find_spec(package) is None:
+            raise DependencyError(f"{package} is not installed; run: pip install 'linvt-edge[export]'")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""``python -m export.compare BUNDLE CHECKPOINT``: does the bundle say what PyTorch says, and where does it depart?
+
+Prints a table per case and writes the result into the bundle as ``evidence.json``. The comparing is in ``cases``.
+"""
+
+# ruff: noqa: T201  a command prints
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+
+import msgspec
+
+from export.__main__ import require_extra
+from export.evidence import Case, Comparison, write_evidence
+from export.parity import Tolerance
+from runtime.backend import BACKENDS
+from runtime.cli import Parser, guarded
+from runtime.errors import OptionError
+
+__all__ = ["compare", "main"]
+
+PROGRAM = "linvt-compare"
+QUESTION = "What is happening in this video?"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; 0 when the bundle is within tolerance, 1 when it is not."""
+    parser = Parser(PROGRAM, description="Compare a bundle with its checkpoint in PyTorch, stage by stage.")
+    parser.add_argument("bundle", help="bundle folder, or demo")
+    parser.add_argument("checkpoint", help="the checkpoint it was exported from: folder or hub id")
+    parser.add_argument("--linvt", metavar="WEIGHTS", help="as given to the export")
+    parser.add_argument("--video", action="append", metavar="V", help="repeatable; default: seeded moving shapes")
+    parser.add_argument("--question", action="append", metavar="Q", help=f"repeatable; default: {QUESTION!r}")
+    parser.add_argument("--frames", type=int, metavar="N", help="frames of each video; default: the bundle's")
+    parser.add_argument("--tokens", type=int, default=16, metavar="N", help="greedy tokens compared; default: 16")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the moving shapes; default: 0")
+    parser.add_argument("--atol", type=float, default=1e-4, metavar="X", help="accepted difference; default: 1e-4")
+    parser.add_argument("--rtol", type=float, default=1e-4, metavar="X", help="plus X times the largest value")
+    parser.add_argument("--backend", choices=BACKENDS, default="auto")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--no-evidence", action="store_true", help="leave the bundle as it is")
+    arguments = parser.parse_args(argv)
+    return guarded(PROGRAM, lambda: compare(arguments))
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    """Compare, print, write the evidence."""
+    require_extra()
+    from export.cases import Comparer, moving_shapes
+    from export.reference import Reference
+    from runtime.engine import VideoQA
+
+    if arguments.tokens < 1 or min(arguments.atol, arguments.rtol) < 0:
+        raise OptionError("--tokens must be at least 1, --atol and --rtol at least 0")
+    with VideoQA.open(arguments.bundle, backend=arguments.backend) as qa:
+        choice = arguments.linvt if qa.bundle.manifest.linvt else "none"
+        reference = Reference.open(arguments.checkpoint, choice)
+        reference.check_same_model(qa.bundle.manifest)
+        tolerance = Tolerance(arguments.atol, arguments.rtol)
+        comparer = Comparer(qa, reference, tolerance, arguments.tokens)
+        frames = arguments.frames or qa.bundle.manifest.frames.default
+        videos = arguments.video or [moving_shapes(frames, arguments.seed)]
+        cases = []
+        for video in videos:
+            for question in arguments.question or [QUESTION]:
+                cases.append(comparer.case(video, question, arguments.frames))
+                if not arguments.json:
+                    print("\n".join(table(cases[-1])), flush=True)
+        comparison = Comparison(qa.bundle.identity, reference.fingerprint, qa.backend.name, tolerance, tuple(cases))
+    if arguments.json:
+        print(msgspec.json.encode(comparison.content()).decode())
+    else:
+        print(verdict(comparison))
+    if not arguments.no_evidence:
+        write_evidence(qa.bundle, comparison)
+    return 0 if comparison else 1
+
+
+def table(case: Case) -> Iterator[str]:
+    """One case as text."""
+    yield f"{case.video}, {case.frames} frames: {case.question}"
+    yield f"  {'stage':<10} {'fed by':<9} {'max abs':>9} {'relative':>9} {'cosine':>10} {'limit':>9}"
+    for row in case.rows:
+        yield (
+            f"  {row.stage:<10} {row.scope:<9} {row.max_abs:9.2e} {row.relative:9.2e} {row.cosine:10.7f} "
+            f"{row.limit:9.2e} {'ok' if row.passed else 'DEPARTS'}  {row.note}".rstrip()
+        )
+    yield f"  bundle:  {case.answer}"
+    yield f"  PyTorch: {case.reference_answer}"
+
+
+def verdict(comparison: Comparison) -> str:
+    """The result in one line."""
+    departure = comparison.first_departure
+    if departure is None:
+        return f"the bundle agrees with PyTorch in {len(comparison.cases)} case(s)"
+    return (
+        f"the bundle departs from PyTorch first at {departure.stage} (fed by the {departure.scope}): "
+        f"{departure.max_abs:.2e}, accepted {departure.limit:.2e}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""``evidence.json``: what a comparison with PyTorch found, kept inside the bundle it is about.
+
+It names the bundle by the hash of its manifest, so that evidence cannot be carried to another bundle.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import platform
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import msgspec
+
+from export.parity import Row, Tolerance
+from export.write import replace_file
+from runtime.bundle import EVIDENCE, Bundle
+from runtime.version import __version__
+
+__all__ = ["Case", "Comparison", "write_evidence"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One video and one question: what was compared, and the two answers."""
+
+    video: str
+    question: str
+    frames: int
+    answer: str
+    reference_answer: str
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All cases; true when all are within tolerance."""
+
+    bundle: str
+    checkpoint_fingerprint: str
+    backend: str
+    tolerance: Tolerance
+    cases: tuple[Case, ...]
+
+    def __bool__(self) -> bool:
+        return all(row.passed for case in self.cases for row in case.rows)
+
+    @property
+    def first_departure(self) -> Row | None:
+        """The first row, in the order of the data's way, that is outside its tolerance."""
+        failed = (row for case in self.cases for row in case.rows if not row.passed)
+        return next(failed, None)
+
+    def content(self) -> dict[str, Any]:
+        """What ``evidence.json`` and ``--json`` hold."""
+        departure = self.first_departure
+        return {
+            "passed": bool(self),
+            "first_departure": f"{departure.stage} ({departure.scope})" if departure else None,
+            **asdict(self),
+            "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+            "machine": f"{platform.system()} {platform.machine()}",
+            "versions": {
+                "linvt-edge": __version__,
+                **{name: importlib.metadata.version(name) for name in ("torch", "onnxruntime", "numpy")},
+            },
+        }
+
+
+def write_evidence(bundle: Bundle, comparison: Comparison) -> None:
+    """Write the result into the bundle, whole or not at all.
+
+    Raises:
+        OutputError: the bundle's folder cannot be written.
+    """
+    data = msgspec.json.format(msgspec.json.encode(comparison.content()), indent=1) + b"\n"
+    replace_file(bundle.folder / EVIDENCE, data)

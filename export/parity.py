@@ -1,0 +1,96 @@
+"""How far two stages are apart, and whether that is close enough.
+
+Numbers only; ``compare`` runs the stages, ``evidence`` keeps the result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Row", "Tolerance", "greedy_row", "selection_row", "value_row"]
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Largest accepted difference: absolute + relative * largest magnitude of the reference."""
+
+    absolute: float = 1e-4
+    relative: float = 1e-4
+
+    def limit(self, reference: Floats) -> float:
+        """The accepted difference for one tensor."""
+        return self.absolute + self.relative * float(np.abs(reference).max())
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the report.
+
+    Attributes:
+        stage: of the bundle.
+        scope: "stage" when fed with the reference's values, "chain" when fed with the bundle's own.
+        max_abs: largest difference; relative: L2 norm of the difference over that of the reference.
+        cosine: between the flattened tensors.
+        limit: what ``max_abs`` may be.
+        note: selection overlap or agreeing tokens.
+    """
+
+    stage: str
+    scope: str
+    max_abs: float
+    relative: float
+    cosine: float
+    limit: float
+    passed: bool
+    note: str = ""
+
+
+def value_row(stage: str, scope: str, found: Floats, reference: Floats, tolerance: Tolerance) -> Row:
+    """Compare values."""
+    difference = found.astype(np.float64) - reference
+    norm = float(np.linalg.norm(reference))
+    largest = float(np.abs(difference).max())
+    limit = tolerance.limit(reference)
+    return Row(
+        stage,
+        scope,
+        largest,
+        float(np.linalg.norm(difference)) / norm if norm else largest,
+        cosine(found, reference),
+        limit,
+        bool(largest <= limit),  # NaN compares false
+    )
+
+
+def cosine(found: Floats, reference: Floats) -> float:
+    """Cosine of the angle between two tensors; 1 when both are zero."""
+    first, second = found.ravel().astype(np.float64), reference.ravel().astype(np.float64)
+    norms = float(np.linalg.norm(first) * np.linalg.norm(second))
+    return float(first @ second) / norms if norms else float(np.array_equal(found, reference))
+
+
+def selection_row(
+    scope: str, found: NDArray[np.int64], reference: NDArray[np.int64], scores: Floats, tolerance: Tolerance
+) -> Row:
+    """Compare selections (k,) by what they are worth under the reference's ``scores`` (T * N,).
+
+    Tokens whose scores are closer than the noise may change places; a token may not be passed over for a worse one.
+    """
+    worth = np.sort(scores[found])[::-1], np.sort(scores[reference])[::-1]
+    row = value_row("selection", scope, *worth, tolerance)
+    overlap = len(np.intersect1d(found, reference)) / len(reference)
+    order = "same order" if np.array_equal(found, reference) else "another order"
+    return Row(**{**vars(row), "note": f"overlap {overlap:.1%}, {order}"})
+
+
+def greedy_row(scope: str, found: list[int], reference: list[int], gaps: list[float], limit: float) -> Row:
+    """Compare greedy answers; where they part, the reference's best two logits must be a tie within ``limit``."""
+    same = next((i for i, (a, b) in enumerate(zip(found, reference, strict=True)) if a != b), len(reference))
+    gap = gaps[same] if same < len(reference) else 0.0
+    note = f"{same} of {len(reference)} tokens agree" + (f", then a gap of {gap:.2g}" if gap else "")
+    return Row("answer", scope, gap, 0.0, 1.0, limit, gap <= limit, note)

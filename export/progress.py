@@ -1,0 +1,52 @@
+"""Steps of a long command on stderr: a running bar on a terminal, a line per finished step elsewhere."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from types import TracebackType
+
+from tqdm import tqdm
+
+__all__ = ["Steps"]
+
+
+class Steps:
+    """Names each step while it runs, and its seconds and the peak memory so far when it is over."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.step: str | None = None
+        self.began = 0.0
+        self.bar: tqdm[None] = tqdm(
+            bar_format="{desc} {elapsed}", file=sys.stderr, disable=not sys.stderr.isatty(), leave=False
+        )
+
+    def __enter__(self) -> Steps:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.end()
+        self.bar.close()
+
+    def begin(self, step: str) -> None:
+        """End the step before and name the next."""
+        self.end()
+        self.step, self.began = step, time.perf_counter()
+        self.bar.set_description_str(f"{self.title}: {step}")
+
+    def end(self) -> None:
+        """Report the step that runs, if any."""
+        if self.step is not None:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux -> GiB
+            seconds = time.perf_counter() - self.began
+            self.say(f"{self.title}: {self.step:<10} {seconds:6.1f} s   peak {peak:.2f} GiB")
+        self.step = None
+
+    def say(self, line: str) -> None:
+        """A line that stays, above the bar."""
+        self.bar.write(line, file=sys.stderr)

@@ -1,0 +1,158 @@
+"""The stages of a model as flat modules: tensors in, tensors out, named as in the bundle's contract.
+
+    vision     pixel_values (F, 3, H, W)                -> tokens (F, N, D)
+    refine     tokens (1, T, N, D)                      -> visual (1, M, D), indices (1, k), scores (1, T * N)
+    aggregate  visual (1, M, D), text (1, S, D)         -> tokens (1, Q, D)
+    decode     inputs_embeds (1, S, D), position_ids (1, S), write_index (1,), KV cache
+                                                        -> logits (1, V) of the last row, KV cache
+
+Example inputs are random; nothing here traces.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from export.decoder import Decoder, DecoderConfig, KVCache
+from export.linvt import LinVT
+from export.linvt.attend import LoneAttention
+from runtime.manifest import FrameSpec
+from runtime.preprocess import Preprocess
+
+__all__ = ["Stage", "aggregate_stage", "decode_stage", "refine_stage", "vision_stage"]
+
+EXAMPLE_ROWS = 5  # any number that is neither 1 nor another axis' size
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One graph to be.
+
+    Attributes:
+        axes: the free axes of every input, by index, with (name, least, most).
+    """
+
+    name: str
+    module: nn.Module
+    example: tuple[Tensor, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    axes: tuple[dict[int, tuple[str, int, int]], ...]
+
+
+class Vision(nn.Module):
+    """The family's tower and connector."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """(F, 3, H, W) -> (F, N, D)."""
+        tokens: Tensor = self.backbone(pixel_values)
+        return tokens
+
+
+class Refine(nn.Module):
+    """SVR."""
+
+    def __init__(self, linvt: LinVT) -> None:
+        super().__init__()
+        self.svr = linvt.svr
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(1, T, N, D) -> (1, M, D), (1, k), (1, T * N)."""
+        selection = self.svr(tokens)
+        return selection.visual, selection.indices, selection.scores
+
+
+class Aggregate(nn.Module):
+    """TTA with its learned queries; takes the dead weights out of ``linvt``."""
+
+    def __init__(self, linvt: LinVT) -> None:
+        super().__init__()
+        self.query_tokens = linvt.query_tokens
+        self.tta = linvt.tta
+        for module in self.tta.modules():
+            if isinstance(module, LoneAttention):
+                module.drop_dead_weights()
+
+    def forward(self, visual: Tensor, text: Tensor) -> Tensor:
+        """(1, M, D), (1, S, D) -> (1, Q, D)."""
+        tokens: Tensor = self.tta(self.query_tokens, visual, text)
+        return tokens
+
+
+class Decode(nn.Module):
+    """The LLM over a KV cache, for prefill and for single tokens."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(
+        self, inputs_embeds: Tensor, position_ids: Tensor, write_index: Tensor, *past: Tensor
+    ) -> tuple[Tensor, ...]:
+        """(1, S, D), (1, S), (1,) and alternating past keys and values -> logits (1, V), present ones."""
+        caches = [KVCache(key, value, write_index) for key, value in zip(past[::2], past[1::2], strict=True)]
+        logits, present = self.decoder.step(inputs_embeds, position_ids, caches)
+        return (logits, *present)
+
+
+def vision_stage(backbone: nn.Module, preprocess: Preprocess, frames: FrameSpec) -> Stage:
+    """Frames are a free axis: the runtime sends batches."""
+    example = torch.randn(EXAMPLE_ROWS, 3, *preprocess.size)
+    axes = {0: ("frames", 1, frames.maximum)}
+    return Stage("vision", Vision(backbone), (example,), ("pixel_values",), ("tokens",), (axes,))
+
+
+def refine_stage(linvt: LinVT, frames: FrameSpec) -> Stage:
+    """Frames are a free axis from the fewest that hold ``top_k`` tokens."""
+    example = torch.randn(1, max(frames.minimum + 1, 2), frames.tokens, linvt.config.width)
+    axes = {1: ("frames", frames.minimum, max(frames.maximum, frames.minimum + 1))}
+    outputs = ("visual", "indices", "scores")
+    return Stage("refine", Refine(linvt), (example,), ("tokens",), outputs, (axes,))
+
+
+def aggregate_stage(linvt: LinVT, context: int) -> Stage:
+    """The question's length is a free axis."""
+    config = linvt.config
+    example = (torch.randn(1, config.pooled_tokens, config.width), torch.randn(1, EXAMPLE_ROWS, config.width))
+    axes: tuple[dict[int, Any], ...] = ({}, {1: ("text", 1, context)})
+    return Stage("aggregate", Aggregate(linvt), example, ("visual", "text"), ("tokens",), axes)
+
+
+def decode_stage(decoder: Decoder) -> Stage:
+    """New rows and cache capacity are free axes."""
+    config = decoder.config
+    caches = range(config.layers)
+    example = (
+        torch.randn(1, EXAMPLE_ROWS, config.width),
+        torch.arange(EXAMPLE_ROWS)[None],
+        torch.zeros(1, dtype=torch.int64),
+        *example_cache(config),
+    )
+    rows, capacity = ("sequence", 1, config.context), ("capacity", 1, config.context)
+    return Stage(
+        "decode",
+        Decode(decoder),
+        example,
+        ("inputs_embeds", "position_ids", "write_index", *cache_names("past", caches)),
+        ("logits", *cache_names("present", caches)),
+        ({1: rows}, {1: rows}, {}, *({2: capacity} for _ in example_cache(config))),
+    )
+
+
+def example_cache(config: DecoderConfig) -> list[Tensor]:
+    """A key and a value for every layer, room for eight times the example rows."""
+    shape = (1, config.heads_kv, 8 * EXAMPLE_ROWS, config.head_dim)
+    return [torch.randn(shape) for _ in range(2 * config.layers)]
+
+
+def cache_names(side: str, layers: range) -> list[str]:
+    """past_key.0, past_value.0, past_key.1, ... or the same with "present"."""
+    return [f"{side}_{part}.{layer}" for layer in layers for part in ("key", "value")]

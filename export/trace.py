@@ -1,0 +1,85 @@
+"""``onnx_from_stage``: a stage module -> an ONNX model in memory.
+
+Traces with ``torch.onnx.export`` at opset 24, then keeps parameter names on the weights, gives every linear layer the
+form MatMul(x, weight), and removes constants' arithmetic. Writes no file; graph edits are in ``export.passes``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch.export import Dim
+
+from export.passes import attach_gather_pool, fold_constants, transpose_weights
+from export.stages import Stage
+
+__all__ = ["OPSET", "onnx_from_stage"]
+
+OPSET = 24
+
+
+def onnx_from_stage(stage: Stage) -> ir.Model:
+    """Trace ``stage``; inputs and outputs get the stage's names."""
+    with quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            stage.module.eval(),
+            stage.example,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=stage.inputs,
+            output_names=stage.outputs,
+            dynamic_shapes=dynamic_shapes(stage),
+            optimize=False,
+            verbose=False,
+        )
+    assert program is not None, "export to memory returns a program"
+    model = program.model
+    model.graph.name = stage.name
+    transpose_weights(model)
+    fold_constants(model)
+    attach_gather_pool(model)
+    drop_traces(model)
+    return model
+
+
+def dynamic_shapes(stage: Stage) -> tuple[Any, ...]:
+    """The stage's free axes as ``torch.export`` wants them; variadic inputs are one nested tuple."""
+    dims: dict[str, Dim] = {}
+    shapes: list[dict[int, Any]] = []
+    for axes in stage.axes:
+        for name, least, most in axes.values():
+            dims.setdefault(name, Dim(name, min=least, max=most))
+        shapes.append({axis: dims[name] for axis, (name, _, _) in axes.items()})
+    if stage.name != "decode":
+        return tuple(shapes)
+    return (*shapes[:3], tuple(shapes[3:]))
+
+
+def drop_traces(model: ir.Model) -> None:
+    """Remove the tracer's notes: stack traces hold paths of the machine that exported."""
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    model.metadata_props.clear()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the tracer's notes off the user's screen; its errors still arrive."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
