@@ -99,7 +99,7 @@ def gather_pool(tokens: Tensor, indices: Tensor, scales: Sequence[int]) -> Tenso
         return pooled
     picked = tokens.gather(1, indices[..., None].expand(-1, -1, tokens.shape[-1]))
     means = []
-    for scale in scales:
+    for scale in (scale for scale in scales if scale <= top_k):
         windows = top_k // scale
         means.append(picked[:, : windows * scale].reshape(-1, windows, scale, tokens.shape[-1]).mean(2))
-    return torch.cat([mean for mean in means if mean.shape[1]], dim=1)
+    return torch.cat(means, dim=1)
