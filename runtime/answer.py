@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
+from runtime.errors import BackendError
+
 __all__ = ["Answer", "FinishReason", "Progress", "Stopwatch", "Stream"]
 
 FinishReason = Literal["stop", "length"]
@@ -20,12 +22,13 @@ class Stopwatch:
     """Milliseconds per stage. A stage timed inside another counts for itself alone."""
 
     def __init__(self, milliseconds: dict[str, float] | None = None) -> None:
-        self.milliseconds = milliseconds or {}
+        self.milliseconds = milliseconds or {}  # in the order in which stages began
         self.inner: list[float] = []  # time of the stages inside each open one
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         """Add the time the block takes to ``stage``."""
+        self.milliseconds.setdefault(stage, 0.0)
         self.inner.append(0.0)
         begin = time.perf_counter()
         try:
@@ -33,7 +36,7 @@ class Stopwatch:
         finally:
             took = 1000 * (time.perf_counter() - begin)
             own = took - self.inner.pop()
-            self.milliseconds[stage] = self.milliseconds.get(stage, 0.0) + own
+            self.milliseconds[stage] += own
             if self.inner:
                 self.inner[-1] += took
 
@@ -65,10 +68,10 @@ class Answer:
 
 @dataclass
 class Progress:
-    """What a running generation fills in."""
+    """What a running generation fills in; the finish reason comes last."""
 
     token_ids: list[int]
-    finish_reason: FinishReason = "length"
+    finish_reason: FinishReason | None = None
     first_token_ms: float = 0.0
 
 
@@ -88,6 +91,8 @@ class Stream:
     def __next__(self) -> str:
         piece = next(self._pieces, None)
         if piece is None:
+            if self._progress.finish_reason is None:
+                raise BackendError("this answer broke off with an error before; ask again")
             self._answer = self._answer or self._finish("".join(self._text), self._progress)
             raise StopIteration
         self._text.append(piece)

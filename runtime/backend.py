@@ -14,11 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.bundle import Bundle
+from runtime.errors import OptionError
 
 __all__ = ["BACKENDS", "Array", "Backend", "BackendName", "Decoder", "Graph", "open_backend"]
 
 BackendName = Literal["auto", "cpu", "cuda"]
 BACKENDS: tuple[BackendName, ...] = ("auto", "cpu", "cuda")
+
+MAX_THREADS = 1024  # starting more takes minutes where it works at all
 
 Array = NDArray[Any]
 
@@ -48,10 +51,10 @@ class Backend(Protocol):
         """The stage's graph, opened on first use and kept."""
 
     def decoder(self, capacity: int) -> Decoder:
-        """A decoder with an empty cache for at least ``capacity`` tokens; ends the one before."""
+        """A decoder with an empty cache of its own, which may come to hold ``capacity`` tokens."""
 
     def close(self) -> None:
-        """Free everything."""
+        """Free everything; a graph or decoder asked for afterwards is a ``BackendError``. May be called twice."""
 
 
 def open_backend(bundle: Bundle, name: BackendName, *, threads: int | None = None) -> Backend:
@@ -64,7 +67,10 @@ def open_backend(bundle: Bundle, name: BackendName, *, threads: int | None = Non
 
     Raises:
         BackendError: the device is not available.
+        OptionError: ``threads`` is out of range.
     """
+    if threads is not None and not 1 <= threads <= MAX_THREADS:
+        raise OptionError(f"threads is {threads}, expected 1 to {MAX_THREADS}; leave it out for one per core")
     from runtime.backend_ort import OrtBackend, choose_provider
 
     return OrtBackend(bundle, choose_provider(name), threads)

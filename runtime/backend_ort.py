@@ -6,6 +6,7 @@ a graph when it is first needed. Chooses no frames and knows no tokens.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from runtime.backend import Array, BackendName
 from runtime.bundle import Bundle
 from runtime.errors import BackendError
-from runtime.manifest import Manifest
+from runtime.manifest import Manifest, StageSpec, TensorSpec
 
 __all__ = ["OrtBackend", "choose_provider"]
 
@@ -27,14 +28,18 @@ ORT_ERRORS = tuple(  # ONNX Runtime's exceptions share no base class of their ow
 )
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 SILENT = 4  # only fatal messages: everything else arrives as an exception
-CACHE_BLOCK = 64  # tokens: capacities are rounded up so that questions of similar length reuse memory
+CACHE_BLOCK = 64  # tokens: sizes of the cache are rounded up so that questions of similar length reuse memory
+ANSWER_ROOM = 128  # tokens of an answer before the cache grows for the first time
+MESSAGE_PREFIX = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
+MESSAGE_LENGTH = 300  # characters; ONNX Runtime names C++ functions at length
+ELEMENTS = {"float": "float32", "double": "float64"}  # where ONNX Runtime's names are not the manifest's
 
 
 def choose_provider(name: BackendName) -> str:
     """Resolve "auto" and check that the device is there: "cpu" or "cuda"."""
     available = ort.get_available_providers()
     if name == "auto":
-        return "cuda" if PROVIDERS["cuda"] in available else "cpu"
+        return "cuda" if PROVIDERS["cuda"] in available and cuda_starts() else "cpu"
     if name not in PROVIDERS:
         raise BackendError(f"unknown backend {name!r}; choose one of auto, {', '.join(PROVIDERS)}")
     if PROVIDERS[name] not in available:
@@ -45,17 +50,25 @@ def choose_provider(name: BackendName) -> str:
     return name
 
 
+def cuda_starts() -> bool:
+    """Whether a device takes memory; that the library was built for one says nothing about this machine."""
+    try:
+        ort.OrtValue.ortvalue_from_numpy(np.zeros(1, np.float32), "cuda", 0)
+    except (RuntimeError, *ORT_ERRORS):
+        return False
+    return True
+
+
 @contextmanager
-def translated(what: str) -> Iterator[None]:
+def translated(what: str, advice: str) -> Iterator[None]:
     """Turn ONNX Runtime's errors, and a memory that does not suffice, into ``BackendError``."""
     try:
         yield
-    except ORT_ERRORS as error:
-        raise BackendError(f"ONNX Runtime failed to {what}: {error}") from error
-    except (MemoryError, RuntimeError) as error:
-        raise BackendError(
-            f"not enough memory or device failure while trying to {what}: {error}; use fewer frames or tokens"
-        ) from error
+    except MemoryError as error:
+        raise BackendError(f"not enough memory to {what}; use fewer frames or tokens") from error
+    except (RuntimeError, ValueError, *ORT_ERRORS) as error:
+        reason = MESSAGE_PREFIX.sub("", str(error))
+        raise BackendError(f"ONNX Runtime failed to {what}: {reason:.{MESSAGE_LENGTH}}; {advice}") from error
 
 
 class OrtBackend:
@@ -66,38 +79,69 @@ class OrtBackend:
         self.bundle = bundle
         self.threads = threads
         self.sessions: dict[str, ort.InferenceSession] = {}
+        self.closed = False
 
     def graph(self, stage: str) -> OrtGraph:
         """The stage's graph, opened on first use and kept."""
         return OrtGraph(self.session(stage), stage)
 
     def decoder(self, capacity: int) -> OrtDecoder:
-        """A decoder with an empty cache for at least ``capacity`` tokens."""
-        rounded = -(-capacity // CACHE_BLOCK) * CACHE_BLOCK
-        with translated(f"allocate a KV cache of {rounded} tokens"):
-            return OrtDecoder(self.session("decode"), self.bundle.manifest, self.name, rounded)
+        """A decoder with an empty cache of its own, which may come to hold ``capacity`` tokens."""
+        return OrtDecoder(self.session("decode"), self.bundle.manifest, self.name, capacity)
 
     def close(self) -> None:
         """Free all sessions."""
+        self.closed = True
         self.sessions.clear()
 
     def session(self, stage: str) -> ort.InferenceSession:
         """The stage's session, created on first use."""
+        if self.closed:
+            raise BackendError("the backend is closed; open the bundle again")
         if stage not in self.sessions:
-            path = self.bundle.path(self.bundle.manifest.stages[stage].file)
-            with translated(f"load {path.name}"):
-                self.sessions[stage] = create_session(path, self.name, self.threads)
+            spec = self.bundle.manifest.stages[stage]
+            path = self.bundle.path(spec.file)
+            with translated(f"load {path.name}", "export the bundle again"):
+                session = create_session(path, self.name, self.threads)
+            check_tensors(session, spec)
+            self.sessions[stage] = session
         return self.sessions[stage]
 
 
 def create_session(path: Path, name: str, threads: int | None) -> ort.InferenceSession:
-    """Load one graph."""
+    """Load one graph; ONNX Runtime itself would go on quietly on the CPU where the device does not start."""
     options = ort.SessionOptions()
     options.log_severity_level = SILENT
     if threads is not None:
         options.intra_op_num_threads = threads
     providers = [PROVIDERS[name]] + ([PROVIDERS["cpu"]] if name != "cpu" else [])
-    return ort.InferenceSession(str(path), options, providers=providers)
+    session = ort.InferenceSession(str(path), options, providers=providers)
+    if PROVIDERS[name] not in session.get_providers():
+        raise BackendError(f"{PROVIDERS[name]} does not start on this machine; check its driver or use --backend cpu")
+    return session
+
+
+def check_tensors(session: ort.InferenceSession, spec: StageSpec) -> None:
+    """The graph takes and gives what the manifest says."""
+    for nodes, tensors in ((session.get_inputs(), spec.inputs), (session.get_outputs(), spec.outputs)):
+        found = {node.name: node for node in nodes}
+        wanted = {tensor.name: tensor for tensor in tensors}
+        for name in sorted(found.keys() | wanted.keys()):
+            if name not in found or name not in wanted or not is_as_said(found[name], wanted[name]):
+                raise BackendError(
+                    f"{spec.file}: its tensor {name!r:.80} is not as bundle.json says; export the bundle again"
+                )
+
+
+def is_as_said(node: ort.NodeArg, tensor: TensorSpec) -> bool:
+    """Same dtype, same rank, and the same numbers where both have one."""
+    element = node.type.removeprefix("tensor(").removesuffix(")")
+    axes = zip(node.shape, tensor.shape, strict=False)
+    return (
+        ELEMENTS.get(element, element) == tensor.dtype
+        and len(node.shape) == len(tensor.shape)
+        and all(a == b for a, b in axes if isinstance(a, int) and isinstance(b, int))
+    )
 
 
 class OrtGraph:
@@ -112,48 +156,57 @@ class OrtGraph:
         """Inputs by name -> outputs by name."""
         options = ort.RunOptions()
         options.log_severity_level = SILENT
-        with translated(f"run {self.stage}"):
+        with translated(f"run {self.stage}", "use fewer frames, or open with --verify"):
             values = self.session.run(self.outputs, dict(feeds), options)
         return dict(zip(self.outputs, values, strict=True))
 
 
 class OrtDecoder:
-    """The LLM over a KV cache that is updated in place."""
+    """The LLM over a KV cache that is updated in place, and doubled when it is full."""
 
     def __init__(self, session: ort.InferenceSession, manifest: Manifest, name: str, capacity: int) -> None:
         self.session = session
         self.capacity = capacity
         self.length = 0
+        self.room = 0  # tokens the cache can hold now
         self.device = "cuda" if name == "cuda" else "cpu"
-        shape = (1, manifest.heads_kv, capacity, manifest.head_dim)
+        self.shape = (1, manifest.heads_kv, manifest.head_dim)
         caches = [cache for i in range(manifest.layers) for cache in (f"key.{i}", f"value.{i}")]
-        self.cache = {cache: self.on_device(np.zeros(shape, np.float32)) for cache in caches}
+        self.cache: dict[str, ort.OrtValue | None] = dict.fromkeys(caches)
         self.binding = session.io_binding()
-        for cache, value in self.cache.items():
-            self.binding.bind_ortvalue_input(f"past_{cache}", value)
-            self.binding.bind_ortvalue_output(f"present_{cache}", value)
         self.binding.bind_output("logits", "cpu")
         self.options = ort.RunOptions()
         self.options.log_severity_level = SILENT
-
-    def on_device(self, array: Array) -> ort.OrtValue:
-        """A copy of ``array`` where the session computes."""
-        return ort.OrtValue.ortvalue_from_numpy(array, self.device, 0)
 
     def step(self, embeds: NDArray[np.float32]) -> NDArray[np.float32]:
         """Append rows (S, D) to the sequence -> logits (V,) of the last row."""
         rows = len(embeds)
         assert self.length + rows <= self.capacity, "the caller sizes the cache"
+        if self.length + rows > self.room:
+            self.grow(max(2 * self.room, rows + ANSWER_ROOM))
         feeds = {  # named until the run ends: the binding borrows their memory
             "inputs_embeds": np.ascontiguousarray(embeds[None]),
             "position_ids": np.arange(self.length, self.length + rows, dtype=np.int64)[None],
             "write_index": np.array([self.length], np.int64),
         }
-        with translated("run decode"):
+        with translated("run decode", "use fewer frames or tokens, or open with --verify"):
             for name, value in feeds.items():
                 self.binding.bind_cpu_input(name, value)
             self.session.run_with_iobinding(self.binding, self.options)
             # A copy: the array is a view of memory that the next step writes to.
-            logits: NDArray[np.float32] = self.binding.get_outputs()[-1].numpy()[0].copy()
+            logits: NDArray[np.float32] = self.binding.get_outputs()[0].numpy()[0].copy()
         self.length += rows
         return logits
+
+    def grow(self, room: int) -> None:
+        """Move to a cache of ``room`` tokens, at most the capacity; one tensor is held twice at a time."""
+        self.room = min(room, self.capacity)
+        self.room = -(-self.room // CACHE_BLOCK) * CACHE_BLOCK
+        with translated(f"allocate a KV cache of {self.room} tokens", "use fewer frames or tokens"):
+            for name, value in self.cache.items():
+                array = np.zeros((*self.shape[:2], self.room, self.shape[2]), np.float32)
+                if value is not None:
+                    array[:, :, : self.length] = value.numpy()[:, :, : self.length]
+                self.cache[name] = value = ort.OrtValue.ortvalue_from_numpy(array, self.device, 0)
+                self.binding.bind_ortvalue_input(f"past_{name}", value)
+                self.binding.bind_ortvalue_output(f"present_{name}", value)

@@ -2,7 +2,7 @@
 
 Opening checks every file's presence and size, and its SHA-256 once: the result is remembered in the user's cache
 folder until the file's size, inode or change time differs. Files that leave the folder, by path or by symbolic link,
-are refused.
+are refused, and so are graphs that keep weights in a file which is not listed.
 
 Loads no graph and holds no session.
 """
@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import msgspec
 
 from runtime.errors import BundleError
-from runtime.manifest import FileSpec, Manifest, decode_manifest
+from runtime.external_data import external_files
+from runtime.manifest import JSON_ERRORS, FileSpec, Manifest, decode_manifest
 
 __all__ = ["DEMO", "MANIFEST", "Bundle", "bundle_path", "sha256_of"]
 
@@ -55,10 +58,17 @@ class Bundle:
         folder = bundle_path(path)
         data = read_manifest(folder)
         manifest = decode_manifest(data)
-        for name, spec in manifest.files.items():
-            check_presence(folder, name, spec)
-        check_hashes(folder, manifest.files, remembered={} if verify else recall(folder))
-        return cls(folder, manifest, hashlib.sha256(data).hexdigest())
+        identity = hashlib.sha256(data).hexdigest()
+        memory = memory_file(folder, identity)
+        with readable(folder):
+            for name, spec in manifest.files.items():
+                check_presence(folder, name, spec)
+            stamps = {name: stamp_of(folder / name) for name in manifest.files}
+            known = {} if verify else recall(memory)
+            if unknown := {name for name in stamps if known.get(name) != stamps[name]}:
+                check_contents(folder, manifest, unknown)
+                remember(memory, stamps)
+        return cls(folder, manifest, identity)
 
     def path(self, name: str) -> Path:
         """Where the listed file ``name`` lies."""
@@ -69,6 +79,8 @@ class Bundle:
 
 def bundle_path(path: str | os.PathLike[str]) -> Path:
     """The folder that ``path`` names; "demo" is the demo that ships with the package."""
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path) or "\0" in str(path):
+        raise BundleError(f"the bundle is {path!r:.80}; expected the path of a bundle's folder, or 'demo'")
     if os.fspath(path) == DEMO:
         return Path(__file__).parent / "demo" / "bundle"
     return Path(path)
@@ -77,16 +89,28 @@ def bundle_path(path: str | os.PathLike[str]) -> Path:
 def read_manifest(folder: Path) -> bytes:
     """The bytes of ``bundle.json``."""
     source = folder / MANIFEST
-    try:
-        if source.stat().st_size > MAX_MANIFEST_BYTES:
-            raise BundleError(f"{source} is larger than {MAX_MANIFEST_BYTES} bytes, which no manifest is")
+    with readable(source):
+        if not source.exists():
+            raise BundleError(
+                f"{folder} is not a bundle: it has no {MANIFEST}; make one with 'python -m export CHECKPOINT -o BUNDLE'"
+            )
+        if not source.is_file() or source.stat().st_size > MAX_MANIFEST_BYTES:
+            raise BundleError(
+                f"{source} is no manifest: expected a file of at most {MAX_MANIFEST_BYTES} bytes; "
+                "export the bundle again"
+            )
         return source.read_bytes()
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise BundleError(
-            f"{folder} is not a bundle: it has no {MANIFEST}; make one with 'python -m export CHECKPOINT -o BUNDLE'"
-        ) from error
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn the file system's refusals into ``BundleError``."""
+    try:
+        yield
     except OSError as error:
-        raise BundleError(f"cannot read {source}: {error.strerror}") from error
+        raise BundleError(
+            f"cannot read {error.filename or path}: {error.strerror}; check the path and its permissions"
+        ) from error
 
 
 def check_presence(folder: Path, name: str, spec: FileSpec) -> None:
@@ -103,29 +127,41 @@ def check_presence(folder: Path, name: str, spec: FileSpec) -> None:
         )
 
 
-def check_hashes(folder: Path, files: dict[str, FileSpec], remembered: dict[str, Stamp]) -> None:
-    """Hash the files whose stamp is not remembered, and remember them all."""
-    stamps = {name: stamp_of(folder / name) for name in files}
-    unknown = [name for name in files if remembered.get(name) != stamps[name]]
-    for name in unknown:
-        if sha256_of(folder / name) != files[name].sha256:
+def check_contents(folder: Path, manifest: Manifest, names: set[str]) -> None:
+    """Hash these files; what they must not be is said in the order of the manifest."""
+    graphs = {stage.file for stage in manifest.stages.values()}
+    for name in manifest.files:
+        if name not in names:
+            continue
+        if sha256_of(folder / name) != manifest.files[name].sha256:
             raise BundleError(
                 f"{folder}: {name} is altered: its SHA-256 is not the manifest's; "
                 "copy the bundle again or export it again"
             )
-    if unknown:
-        remember(folder, stamps)
+        if name in graphs:
+            check_weights(folder, name, manifest)
+
+
+def check_weights(folder: Path, graph: str, manifest: Manifest) -> None:
+    """A graph's weights lie in listed files, whatever the engine would allow."""
+    try:
+        named = external_files((folder / graph).read_bytes())
+    except ValueError as error:
+        raise BundleError(f"{folder}: {graph} is not an ONNX graph: {error}; export the bundle again") from error
+    for name in sorted(named):
+        if str(PurePosixPath(graph).parent / name) not in manifest.files:
+            raise BundleError(
+                f"{folder}: {graph} keeps weights in {name!r:.80}, which bundle.json does not list; "
+                "export the bundle again"
+            )
 
 
 def sha256_of(file: Path) -> str:
     """SHA-256 (hex) of a file, read in pieces of 1 MiB."""
     digest = hashlib.sha256()
-    try:
-        with file.open("rb") as stream:
-            while piece := stream.read(2**20):
-                digest.update(piece)
-    except OSError as error:
-        raise BundleError(f"cannot read {file}: {error.strerror}") from error
+    with readable(file), file.open("rb") as stream:
+        while piece := stream.read(2**20):
+            digest.update(piece)
     return digest.hexdigest()
 
 
@@ -135,28 +171,33 @@ def stamp_of(file: Path) -> Stamp:
     return status.st_size, status.st_ino, status.st_ctime_ns
 
 
-def memory_file(folder: Path) -> Path:
-    """Where this manifest's good stamps are kept; a new manifest has another file."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    key = f"{folder.resolve()}\n{sha256_of(folder / MANIFEST)}"
-    return Path(base).expanduser() / "linvt-edge" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+def memory_file(folder: Path, identity: str) -> Path | None:
+    """Where this manifest's good stamps are kept, another file for another manifest; None without a home."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        cache = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+        key = f"{folder.resolve()}\n{identity}"
+    except (OSError, RuntimeError):
+        return None
+    return cache / "linvt-edge" / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:32]}.json"
 
 
-def recall(folder: Path) -> dict[str, Stamp]:
+def recall(memory: Path | None) -> dict[str, Stamp]:
     """The stamps under which files were found good; empty when nothing usable is there."""
     try:
-        return msgspec.json.decode(memory_file(folder).read_bytes(), type=dict[str, Stamp])
-    except (OSError, RuntimeError, msgspec.MsgspecError):
+        return msgspec.json.decode(memory.read_bytes(), type=dict[str, Stamp]) if memory else {}
+    except (OSError, *JSON_ERRORS):
         return {}
 
 
-def remember(folder: Path, stamps: dict[str, Stamp]) -> None:
+def remember(memory: Path | None, stamps: dict[str, Stamp]) -> None:
     """Keep the stamps; a cache folder that cannot be written only costs the next opening its time."""
+    if memory is None:
+        return
+    draft = memory.with_suffix(f".{os.getpid()}")
     try:
-        target = memory_file(folder)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draft = target.with_suffix(f".{os.getpid()}")
+        memory.parent.mkdir(parents=True, exist_ok=True)
         draft.write_bytes(msgspec.json.encode(stamps))
-        draft.replace(target)
-    except (OSError, RuntimeError):
+        draft.replace(memory)
+    except OSError:
         return

@@ -18,12 +18,12 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.answer import Answer, Progress, Stopwatch, Stream
+from runtime.answer import Answer, FinishReason, Progress, Stopwatch, Stream
 from runtime.backend import Array, Backend, BackendName, open_backend
 from runtime.bundle import Bundle
 from runtime.detokenize import Detokenizer
 from runtime.embedding import EmbeddingTable
-from runtime.errors import BundleError, OptionError, QuestionError
+from runtime.errors import BackendError, BundleError, OptionError, QuestionError
 from runtime.options import GenerationOptions, Sampling
 from runtime.preprocess import pixel_values_from_frames
 from runtime.sample import Sampler
@@ -59,13 +59,18 @@ class Video:
 
 
 class VideoQA:
-    """An opened bundle. Use it as a context manager, or call ``close``."""
+    """An opened bundle. Use it as a context manager, or call ``close``.
+
+    Several answers may be streamed in turns, each has its own KV cache. Calls from several threads at a time are not
+    supported: open the bundle once per thread, or lock.
+    """
 
     def __init__(self, bundle: Bundle, backend: Backend, prompts: PromptBuilder, table: EmbeddingTable) -> None:
         self.bundle = bundle
         self.backend = backend
         self.prompts = prompts
         self.table = table
+        self.closed = False
 
     @classmethod
     def open(
@@ -87,11 +92,13 @@ class VideoQA:
         Raises:
             BundleError: not a bundle, or a damaged one.
             BackendError: the backend is not available.
+            OptionError: ``threads`` is out of range.
         """
         checked = Bundle.open(bundle, verify=verify)
         template = read_text(checked.path("chat_template.jinja"))
         prompts = PromptBuilder(checked.path("tokenizer.json"), template, checked.manifest.prompt)
         table = EmbeddingTable.open(checked.path("embedding.safetensors"))
+        check_table(table, checked)
         return cls(checked, open_backend(checked, backend, threads=threads), prompts, table)
 
     def __enter__(self) -> VideoQA:
@@ -103,8 +110,14 @@ class VideoQA:
         self.close()
 
     def close(self) -> None:
-        """Free the graphs; the object cannot be used afterwards."""
+        """Free the graphs; the object cannot be used afterwards. A second call does nothing."""
+        self.closed = True
         self.backend.close()
+
+    def check_open(self) -> None:
+        """Refuse what comes after ``close``."""
+        if self.closed:
+            raise BackendError("this VideoQA is closed; open the bundle again")
 
     def video(
         self,
@@ -129,6 +142,7 @@ class VideoQA:
             VideoError: the source cannot be read.
             OptionError: a number outside what the bundle or the video allows.
         """
+        self.check_open()
         watch = Stopwatch()
         choice = FrameChoice(frames=frames, fps=fps, start=start, end=end)
         with watch("decode_video"), open_source(source) as opened:
@@ -193,6 +207,7 @@ class VideoQA:
             QuestionError: empty, too long for the context, or holding control tokens.
             OptionError: an option out of range, or a ``Video`` of another bundle.
         """
+        self.check_open()
         sampling = (options or GenerationOptions()).resolve(self.bundle.manifest.generation)
         self.prompts.check(question)
         watch = Stopwatch()
@@ -231,25 +246,29 @@ class VideoQA:
         limit = min(sampling.max_new_tokens, self.bundle.manifest.context - length)
         stops = () if sampling.ignore_eos else self.bundle.manifest.prompt.stop_ids
         sampler, text = Sampler(sampling), Detokenizer(self.prompts.tokenizer)
-        embeds = self.prompt_rows(prompt, video, watch)
+        with watch("prompt"):
+            embeds = self.prompt_rows(prompt, video, watch)
         with watch("load"):
             decoder = self.backend.decoder(length + limit)
         with watch("prefill"):
             token = sampler.next(decoder.step(embeds))
         progress.first_token_ms = sum(watch.milliseconds.values())
+        reason: FinishReason = "length"
         while True:
             if token in stops:
-                progress.finish_reason = "stop"
+                reason = "stop"
                 break
             progress.token_ids.append(token)
             if piece := text.push(token):
                 yield piece
             if len(progress.token_ids) == limit:
                 break
+            self.check_open()
             with watch("decode"):
                 token = sampler.next(decoder.step(self.table.rows(np.array([token]))))
         if piece := text.flush():
             yield piece
+        progress.finish_reason = reason
 
     def prompt_rows(self, prompt: Prompt, video: Video, watch: Stopwatch) -> NDArray[np.float32]:
         """The prompt's embeddings (S, D) with the video's rows in their places."""
@@ -271,6 +290,7 @@ class VideoQA:
 
 def finished(text: str, progress: Progress, prompt: Prompt, video: Video, watch: Stopwatch) -> Answer:
     """Put an answer together."""
+    assert progress.finish_reason is not None
     after_first = len(progress.token_ids) - 1 + (progress.finish_reason == "stop")
     seconds = watch.milliseconds.get("decode", 0.0) / 1000
     return Answer(
@@ -283,6 +303,18 @@ def finished(text: str, progress: Progress, prompt: Prompt, video: Video, watch:
         first_token_ms=progress.first_token_ms,
         tokens_per_second=after_first / seconds if seconds else 0.0,
     )
+
+
+def check_table(table: EmbeddingTable, bundle: Bundle) -> None:
+    """Every token the LLM can produce has a row, of the LLM's width."""
+    manifest = bundle.manifest
+    logits = next(spec for spec in manifest.stages["decode"].outputs if spec.name == "logits")
+    vocabulary = logits.shape[-1]
+    if table.width != manifest.width or (isinstance(vocabulary, int) and table.vocabulary < vocabulary):
+        raise BundleError(
+            f"{bundle.folder}: embedding.safetensors is ({table.vocabulary}, {table.width}), bundle.json says "
+            f"({vocabulary}, {manifest.width}); the files do not belong together, export the bundle again"
+        )
 
 
 def read_text(path: Path) -> str:

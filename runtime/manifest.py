@@ -8,7 +8,8 @@ Reads and writes bytes only; ``bundle`` looks at the files the manifest names.
 
 from __future__ import annotations
 
-from pathlib import PurePosixPath
+import re
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import msgspec
@@ -22,6 +23,7 @@ from runtime.text import PromptSpec
 __all__ = [
     "FORMAT",
     "FORMAT_VERSION",
+    "JSON_ERRORS",
     "FileSpec",
     "FrameSpec",
     "Manifest",
@@ -33,6 +35,11 @@ __all__ = [
 
 FORMAT = "linvt-bundle"
 FORMAT_VERSION = 1
+JSON_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)  # what decoding untrusted JSON raises
+
+PART = r"(?!\.+(?:/|$))[A-Za-z0-9_.+-]+"  # of a file path: neither "." nor ".."
+FILE_PATH = re.compile(rf"(?=.{{1,200}}$){PART}(?:/{PART})*", re.ASCII)
+SHA256 = re.compile("[0-9a-f]{64}")
 
 Dtype = Literal["float32", "float16", "bfloat16", "int64", "int32", "bool"]
 
@@ -79,6 +86,10 @@ class FileSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     size: int
     sha256: str
 
+    def __post_init__(self) -> None:
+        if self.size < 0 or not SHA256.fullmatch(self.sha256):
+            raise ValueError("a file needs a size of 0 or more and a SHA-256 of 64 lower-case hex digits")
+
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Everything about a bundle.
@@ -112,17 +123,15 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     provenance: dict[str, Any] = {}
 
     def __post_init__(self) -> None:
-        expected = {"vision", "decode"} | ({"refine", "aggregate"} if self.linvt else set())
-        if set(self.stages) != expected:
-            raise ValueError(f"stages must be {sorted(expected)}, found {sorted(self.stages)}")
-        missing = [stage.file for stage in self.stages.values() if stage.file not in self.files]
-        if missing:
-            raise ValueError(f"stage file {missing[0]!r} is not among the files")
         sizes = (self.context, self.width, self.layers, self.heads_kv, self.head_dim)
         if min(sizes) < 1:
             raise ValueError("context, width, layers, heads_kv and head_dim must all be at least 1")
         for path in self.files:
-            check_inside(path)
+            if not FILE_PATH.fullmatch(path):
+                raise ValueError(f"file path {path!r:.80} leads outside the bundle or has odd characters")
+        if self.linvt:
+            check_linvt(self.linvt, self.width, self.frames)
+        check_stages(self)
 
     def visual_rows(self, frames: int) -> int:
         """Rows of the prompt that hold the video: Q with LinVT, frames * N without."""
@@ -136,11 +145,61 @@ class Header(msgspec.Struct):
     format_version: int
 
 
-def check_inside(path: str) -> None:
-    """Refuse a file path that could leave the bundle's folder."""
-    pure = PurePosixPath(path)
-    if not path or pure.is_absolute() or ".." in pure.parts or "\\" in path or "\0" in path or ":" in path:
-        raise ValueError(f"file path {path!r} leads outside the bundle")
+def check_linvt(linvt: LinVTConfig, width: int, frames: FrameSpec) -> None:
+    """LinVT, the LLM and the frame counts fit together."""
+    if linvt.width != width:
+        raise ValueError(f"LinVT has width {linvt.width}, the LLM {width}")
+    least = linvt.min_frames(frames.tokens)
+    if frames.minimum < least:
+        raise ValueError(f"LinVT's top_k {linvt.top_k} needs at least {least} frames, the minimum is {frames.minimum}")
+    if linvt.positions == "absolute" and (linvt.tokens_per_frame, linvt.max_frames) < (frames.tokens, frames.maximum):
+        raise ValueError("LinVT has fewer positions than frames or tokens per frame")
+
+
+def check_stages(manifest: Manifest) -> None:
+    """The right stages, each with the tensors that the manifest's sizes ask for."""
+    expected = {"vision", "decode"} | ({"refine", "aggregate"} if manifest.linvt else set())
+    if set(manifest.stages) != expected:
+        raise ValueError(f"stages must be {sorted(expected)}, found {sorted(manifest.stages)}")
+    for name, stage in manifest.stages.items():
+        if stage.file not in manifest.files or not stage.file.endswith(".onnx"):
+            raise ValueError(f"stage file {stage.file!r:.80} is not an .onnx file among the files")
+        shapes = {spec.name: spec.shape for spec in (*stage.inputs, *stage.outputs)}
+        for tensor, wanted in contract(manifest, name):
+            found = shapes.get(tensor)
+            if found is None or len(found) != len(wanted) or not all(map(fits, found, wanted)):
+                shown = "missing" if found is None else str(list(found))
+                raise ValueError(f"stage {name}: {tensor} is {shown:.80}, expected {wanted}")
+        caches = sum(tensor.startswith("past_") for tensor in shapes)
+        if name == "decode" and caches != 2 * manifest.layers:
+            raise ValueError(f"stage decode: {caches} cache inputs, expected a key and a value of {manifest.layers} layers")
+
+
+def fits(found: int | str, wanted: int | str) -> bool:
+    """Whether an axis is as wanted: the same number, or for a name any number or name."""
+    return isinstance(wanted, str) or found == wanted
+
+
+def contract(manifest: Manifest, stage: str) -> Iterator[tuple[str, list[int | str]]]:
+    """The tensors a stage must have, with their shapes; a family may add inputs."""
+    tokens, width = manifest.frames.tokens, manifest.width
+    if stage == "vision":
+        yield "pixel_values", ["frames", 3, *manifest.preprocess.size]
+        yield "tokens", ["frames", tokens, width]
+    elif stage == "decode":
+        yield "inputs_embeds", [1, "sequence", width]
+        yield "write_index", [1]
+        yield "logits", [1, "vocabulary"]
+        for layer in range(manifest.layers):
+            for tensor in ("past_key", "past_value", "present_key", "present_value"):
+                yield f"{tensor}.{layer}", [1, manifest.heads_kv, "capacity", manifest.head_dim]
+    elif manifest.linvt:
+        if stage == "refine":
+            yield "tokens", [1, "frames", tokens, width]
+        else:
+            yield "text", [1, "text", width]
+            yield "tokens", [1, manifest.linvt.queries, width]
+        yield "visual", [1, manifest.linvt.pooled_tokens, width]
 
 
 def decode_manifest(data: bytes) -> Manifest:
@@ -151,10 +210,12 @@ def decode_manifest(data: bytes) -> Manifest:
     """
     try:
         header = msgspec.json.decode(data, type=Header)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise BundleError(f"bundle.json is not a LinVT manifest: {error}; export the bundle again") from error
+    except JSON_ERRORS as error:
+        raise BundleError(f"bundle.json is not a LinVT manifest: {error!s:.200}; export the bundle again") from error
     if header.format != FORMAT:
-        raise BundleError(f"bundle.json has format {header.format!r}, expected {FORMAT!r}")
+        raise BundleError(
+            f"bundle.json has format {header.format!r:.40}, expected {FORMAT!r}; give a folder that linvt-export wrote"
+        )
     if header.format_version != FORMAT_VERSION:
         raise BundleError(
             f"bundle.json has format version {header.format_version}, this release reads {FORMAT_VERSION}; "
@@ -162,8 +223,8 @@ def decode_manifest(data: bytes) -> Manifest:
         )
     try:
         return msgspec.json.decode(data, type=Manifest)
-    except (msgspec.ValidationError, RecursionError) as error:
-        raise BundleError(f"bundle.json does not fit: {error}; export the bundle again") from error
+    except JSON_ERRORS as error:
+        raise BundleError(f"bundle.json does not fit: {error!s:.400}; export the bundle again") from error
 
 
 def encode_manifest(manifest: Manifest) -> bytes:

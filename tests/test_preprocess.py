@@ -27,7 +27,7 @@ def test_golden_frames_give_the_original_codes_pixel_values(name: str) -> None:
     golden = np.load(GOLDEN / name / "expected.npz")
     values = pixel_values_from_frames(golden["frames_u8"], spec())
     difference = float(np.abs(values - golden["pixel_values"]).max())
-    print(f"{name}: largest difference {difference}")  # noqa: T201
+    print(f"{name}: largest difference {difference}")
     assert values.dtype == np.float32
     np.testing.assert_array_equal(values, golden["pixel_values"])
 

@@ -13,6 +13,7 @@ from videos import decode_all, number_of, numbered, trimmed, turned, write_video
 from runtime.video import FrameChoice, choose, open_source
 from runtime.video import container as container_module
 from runtime.video.decode import FrameReader
+from runtime.video.opening import packets_from
 
 MANY = 120
 KINDS = {
@@ -111,11 +112,11 @@ def test_variable_frame_rate_keeps_its_times(tmp_path: Path) -> None:
     pts = np.concatenate([[0], np.cumsum(gaps)])
     path = write_video(tmp_path / "vfr.mp4", frames=50, pts=pts.tolist())
     with open_source(path) as source:
-        np.testing.assert_allclose(source.timestamps, pts / 1000, atol=2e-3)
+        np.testing.assert_allclose(source.timestamps, pts / 1000, atol=1e-6)
         indices = choose(source.timestamps, FrameChoice(fps=2.0), minimum=1, default=8, maximum=200)
         shown = [number_of(frame) for frame in source.frames(indices)]
-    expected = [int(np.searchsorted(pts, 500 * tick + 2, side="right")) - 1 for tick in range(len(shown))]
-    assert shown == expected and len(set(shown)) < len(shown) + 1
+    expected = [int(np.searchsorted(pts, 500 * tick, side="right")) - 1 for tick in range(len(shown))]
+    assert shown == expected
 
 
 @pytest.mark.parametrize("name", ["late.mp4", "late.mkv", "late.ts"])
@@ -246,6 +247,23 @@ def test_a_far_frame_is_reached_by_seeking_not_by_decoding_everything(
     with open_source(path) as source:
         assert [number_of(frame) for frame in source.frames(np.array([100, 230]))] == [100, 230]
     assert len(decoded) < 40
+
+
+def test_a_stream_that_appears_while_reading_is_passed_over() -> None:
+    """PyAV's ``demux`` may raise IndexError then; a fresh one goes on where it stopped."""
+
+    class Demuxing:
+        def __init__(self, answers: list[list[object]]) -> None:
+            self.answers = answers
+
+        def demux(self, *streams: object) -> object:
+            for packet in self.answers.pop(0):
+                if packet is IndexError:
+                    raise IndexError("list index out of range")
+                yield packet
+
+    container = Demuxing([["a", IndexError], [IndexError], ["b", "c"]])
+    assert list(packets_from(container)) == ["a", "b", "c"]
 
 
 def test_a_container_that_cannot_seek_is_walked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 from av.container import InputContainer
 from av.video.stream import VideoStream
 
+from runtime.video.opening import packets_from
 from runtime.video.timeline import UNKNOWN, Timeline
 
 OpenStream = Callable[[], tuple[InputContainer, VideoStream]]
@@ -88,7 +89,7 @@ class FrameReader:
         if self._container is not None:
             self._container.close()
         self._container, self._stream = self._open()
-        self._begin(self._container.demux(self._stream))
+        self._begin(packets_from(self._container, self._stream))
         self.damage = None
 
     def _begin(self, packets: Iterator[av.Packet[VideoStream]]) -> None:
@@ -134,7 +135,7 @@ class FrameReader:
             self._container.seek(time, stream=self._stream)
         except av.FFmpegError:
             return None
-        packets = self._container.demux(self._stream)
+        packets = packets_from(self._container, self._stream)
         first = next((packet for packet in packets if packet.is_keyframe and packet.size), None)
         if first is None or first.pts is None or first.pts > key:
             return None

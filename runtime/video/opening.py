@@ -3,16 +3,17 @@
 PyAV gets an open Python file and no protocols: a playlist or an odd path cannot make it open another file or
 the network. ffmpeg's log stays off, as PyAV leaves it.
 
-Does not read packets: ``timeline`` and ``decode`` do.
+Does not interpret packets: ``timeline`` and ``decode`` do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import av
+from av import Packet
 from av.container import InputContainer
 from av.stream import Stream
 from av.video.stream import VideoStream
@@ -39,6 +40,20 @@ def open_stream(file: BinaryIO, name: str) -> tuple[InputContainer, VideoStream]
         except VideoError:
             container.close()
             raise
+
+
+def packets_from(container: InputContainer, *streams: Stream) -> Iterator[Packet[Any]]:
+    """Packets of these streams, or of all, from the container's position on, the decoder's flush at the end.
+
+    PyAV's ``demux`` raises IndexError at a packet of a stream that was not there on opening (MPEG-TS may add one).
+    No such stream was asked for: a fresh ``demux`` goes on with the next packet.
+    """
+    while True:
+        try:
+            yield from container.demux(*streams)
+            return
+        except IndexError:
+            continue
 
 
 @contextmanager

@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 from av import Packet
 from av.container import InputContainer
-from av.stream import Stream
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from runtime.errors import VideoError
+from runtime.video.opening import packets_from
 
 UNKNOWN = -(2**63)  # AV_NOPTS_VALUE
 KEYFRAME, DISCARD, CORRUPT = 1, 2, 4
@@ -102,10 +102,10 @@ def _packets(container: InputContainer, stream: VideoStream) -> Packets:
     )
 
 
-def _demuxed(container: InputContainer, stream: VideoStream) -> Iterator[Packet[Stream]]:
+def _demuxed(container: InputContainer, stream: VideoStream) -> Iterator[Packet[Any]]:
     """Packets with data; of every stream where only the file as a whole says how long it is."""
-    packets: Iterator[Packet[Any]] = container.demux() if _is(container, "matroska") else container.demux(stream)
-    return (packet for packet in packets if packet.size)
+    streams = () if _is(container, "matroska") else (stream,)
+    return (packet for packet in packets_from(container, *streams) if packet.size)
 
 
 def _timed(stream: VideoStream, packets: Packets) -> Timeline:
