@@ -23,8 +23,10 @@ from runtime.manifest import Manifest, StageSpec, TensorSpec
 
 __all__ = ["OrtBackend", "choose_provider"]
 
-ORT_ERRORS = tuple(  # ONNX Runtime's exceptions share no base class of their own
-    error for error in vars(ort_errors).values() if isinstance(error, type) and issubclass(error, Exception)
+ORT_ERRORS: tuple[type[Exception], ...] = (  # its own share no base class, its bindings raise Python's
+    RuntimeError,
+    ValueError,
+    *(error for error in vars(ort_errors).values() if isinstance(error, type) and issubclass(error, Exception)),
 )
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 SILENT = 4  # only fatal messages: everything else arrives as an exception
@@ -54,7 +56,7 @@ def cuda_starts() -> bool:
     """Whether a device takes memory; that the library was built for one says nothing about this machine."""
     try:
         ort.OrtValue.ortvalue_from_numpy(np.zeros(1, np.float32), "cuda", 0)
-    except (RuntimeError, *ORT_ERRORS):
+    except ORT_ERRORS:
         return False
     return True
 
@@ -66,7 +68,7 @@ def translated(what: str, advice: str) -> Iterator[None]:
         yield
     except MemoryError as error:
         raise BackendError(f"not enough memory to {what}; use fewer frames or tokens") from error
-    except (RuntimeError, ValueError, *ORT_ERRORS) as error:
+    except ORT_ERRORS as error:
         reason = MESSAGE_PREFIX.sub("", str(error))
         raise BackendError(f"ONNX Runtime failed to {what}: {reason:.{MESSAGE_LENGTH}}; {advice}") from error
 

@@ -1,23 +1,32 @@
 """What every command line of the project shares: one-line errors, exit codes, options that several commands take.
 
 Exit codes: 0 done; 1 refused or failed, with one line on stderr; 2 wrong usage; 130 interrupted, 143 terminated.
+Where whoever reads the output leaves early, the code is 1 and there is no line. A locale that cannot show a character
+gets a question mark in its place; JSON is plain ASCII and loses nothing.
+
 Commands parse into one record, call one function and print; no logic is here.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
+import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
+
+import msgspec
 
 from runtime.backend import BACKENDS
 from runtime.errors import LinvtError
 
-__all__ = ["Parser", "add_backend_options", "guarded"]
+__all__ = ["Parser", "add_backend_options", "ascii_json", "guarded", "printable"]
 
 INTERRUPTED = 130
 TERMINATED = 143
@@ -28,7 +37,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print one line and exit with 2."""
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+        self.exit(2, f"{self.prog}: {printable(message)}; see {self.prog} --help\n")
 
 
 def add_backend_options(parser: argparse.ArgumentParser) -> None:
@@ -41,26 +50,63 @@ def add_backend_options(parser: argparse.ArgumentParser) -> None:
 
 def guarded(program: str, command: Callable[[], int]) -> int:
     """Run a command; what it refuses becomes one line on stderr and an exit code."""
-    signal.signal(signal.SIGTERM, terminate)
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")
     try:
-        code = command()
-        sys.stdout.flush()
-        return code
+        with terminable():
+            code = command()
+            if sys.stdout is not None:  # None where it was closed before we began
+                sys.stdout.flush()
+            return code
     except LinvtError as error:
         return complain(program, str(error), 1)
     except KeyboardInterrupt:
         return complain(program, "interrupted", INTERRUPTED)
     except BrokenPipeError:  # whoever read our output has left: nothing more to say to anybody
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence_stdout()
         return 1
+    except OSError as error:
+        silence_stdout()
+        return complain(program, f"{error.strerror or error}; check where the output goes", 1)
     except (MemoryError, RecursionError) as error:
-        return complain(program, f"out of {type(error).__name__.removesuffix('Error').lower()}", 1)
+        what = type(error).__name__.removesuffix("Error").lower()
+        return complain(program, f"out of {what}; use fewer frames or tokens", 1)
 
 
 def complain(program: str, message: str, code: int) -> int:
     """One line on stderr."""
-    print(f"{program}: {message}", file=sys.stderr)  # noqa: T201  the place where commands speak
+    with suppress(OSError):
+        print(f"{program}: {printable(message)}", file=sys.stderr)  # noqa: T201  the place where commands speak
     return code
+
+
+def printable(text: str) -> str:
+    """One line that a terminal shows as it is: nothing in it moves the cursor or changes colours."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def ascii_json(content: Any) -> str:
+    """One JSON object on one line, in ASCII: the same in every locale."""
+    return json.dumps(msgspec.to_builtins(content))
+
+
+def silence_stdout() -> None:
+    """Send what is still buffered nowhere, so that Python does not complain about it when it exits."""
+    with suppress(OSError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Let SIGTERM end the block as Ctrl-C does; only a program's main thread can."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def terminate(number: int, frame: FrameType | None) -> NoReturn:

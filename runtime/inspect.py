@@ -15,14 +15,23 @@ from typing import Any
 import msgspec
 
 from runtime.bundle import EVIDENCE, Bundle
-from runtime.cli import Parser, guarded
+from runtime.cli import Parser, ascii_json, guarded, printable
 from runtime.errors import BundleError
-from runtime.manifest import Manifest, TensorSpec
+from runtime.manifest import JSON_ERRORS, Manifest, TensorSpec
 
 __all__ = ["main", "read_evidence"]
 
 PROGRAM = "linvt-inspect"
 STAGES = ("vision", "refine", "aggregate", "decode")  # in the order in which a video meets them
+
+
+class Evidence(msgspec.Struct):
+    """The fields of ``evidence.json`` that are put into words here."""
+
+    bundle: str
+    passed: bool
+    cases: list[Any]
+    first_departure: str | None = None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,9 +49,9 @@ def show(path: str, as_json: bool, verify: bool) -> int:
     bundle = Bundle.open(path, verify=verify)
     evidence = read_evidence(bundle)
     if as_json:
-        print(msgspec.json.encode({"manifest": bundle.manifest, "evidence": evidence}).decode())
+        print(ascii_json({"manifest": bundle.manifest, "evidence": evidence}))
     else:
-        print("\n".join(lines(bundle, evidence)))
+        print("\n".join(map(printable, lines(bundle, evidence))))
     return 0
 
 
@@ -95,21 +104,26 @@ def read_evidence(bundle: Bundle) -> dict[str, Any] | None:
     """What the comparison with PyTorch wrote; None where none was made."""
     path: Path = bundle.folder / EVIDENCE
     try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        evidence = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        msgspec.convert(evidence, Evidence)
+        return evidence
     except FileNotFoundError:
         return None
-    except (OSError, msgspec.MsgspecError) as error:
-        raise BundleError(f"{path} is not readable: {error}; make it again with python -m export.compare") from error
+    except (OSError, *JSON_ERRORS) as error:
+        raise BundleError(
+            f"{path} is not readable: {error!s:.200}; make it again with python -m export.compare"
+        ) from error
 
 
 def evidence_line(bundle: Bundle, evidence: dict[str, Any] | None) -> str:
     """Whether the bundle was proven equal to PyTorch."""
     if evidence is None:
         return "none; make it with 'python -m export.compare BUNDLE CHECKPOINT'"
-    if evidence.get("bundle") != bundle.identity:
+    found = msgspec.convert(evidence, Evidence)
+    if found.bundle != bundle.identity:
         return "of another state of this bundle; compare again"
-    verdict = "passed" if evidence.get("passed") else f"FAILED at {evidence.get('first_departure')}"
-    return f"{verdict}: {len(evidence.get('cases', []))} cases against PyTorch"
+    verdict = "passed" if found.passed else f"FAILED at {found.first_departure}"
+    return f"{verdict}: {len(found.cases)} cases against PyTorch"
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ FORMAT = "linvt-bundle"
 FORMAT_VERSION = 1
 JSON_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)  # what decoding untrusted JSON raises
 
+MAX_FRAMES = 2**16
 PART = r"(?!\.+(?:/|$))[A-Za-z0-9_.+-]+"  # of a file path: neither "." nor ".."
 FILE_PATH = re.compile(rf"(?=.{{1,200}}$){PART}(?:/{PART})*", re.ASCII)
 SHA256 = re.compile("[0-9a-f]{64}")
@@ -76,8 +77,8 @@ class FrameSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tokens: int
 
     def __post_init__(self) -> None:
-        if not 1 <= self.minimum <= self.default <= self.maximum or self.tokens < 1:
-            raise ValueError("frames must satisfy 1 <= minimum <= default <= maximum, tokens >= 1")
+        if not 1 <= self.minimum <= self.default <= self.maximum <= MAX_FRAMES or self.tokens < 1:
+            raise ValueError(f"frames must satisfy 1 <= minimum <= default <= maximum <= {MAX_FRAMES}, tokens >= 1")
 
 
 class FileSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -172,7 +173,9 @@ def check_stages(manifest: Manifest) -> None:
                 raise ValueError(f"stage {name}: {tensor} is {shown:.80}, expected {wanted}")
         caches = sum(tensor.startswith("past_") for tensor in shapes)
         if name == "decode" and caches != 2 * manifest.layers:
-            raise ValueError(f"stage decode: {caches} cache inputs, expected a key and a value of {manifest.layers} layers")
+            raise ValueError(
+                f"stage decode: {caches} cache inputs, expected a key and a value of {manifest.layers} layers"
+            )
 
 
 def fits(found: int | str, wanted: int | str) -> bool:

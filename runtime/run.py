@@ -13,11 +13,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
-
 from runtime.answer import Answer
 from runtime.bundle import DEMO
-from runtime.cli import Parser, add_backend_options, guarded
+from runtime.cli import Parser, add_backend_options, ascii_json, guarded, printable
 from runtime.engine import Video, VideoQA
 from runtime.options import GenerationOptions
 
@@ -57,8 +55,18 @@ def parse(argv: list[str] | None) -> RunConfig:
         parser.error("a VIDEO needs a QUESTION")
     if arguments.video is None and arguments.bundle != DEMO:
         parser.error("a BUNDLE needs a VIDEO and a QUESTION")
+    if arguments.question is not None:
+        arguments.question = text_from_argument(arguments.question)
     options = {name: getattr(arguments, name) for name in names}
     return RunConfig(arguments, GenerationOptions(**options))
+
+
+def text_from_argument(argument: str) -> str:
+    """UTF-8 whatever the locale says; what is not UTF-8 stays as it is, to be refused with its question."""
+    try:
+        return argument.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return argument
 
 
 def add_video_options(parser: argparse.ArgumentParser) -> None:
@@ -131,17 +139,25 @@ def json_text(answer: Answer, video: Video, backend: str) -> str:
         "finish_reason": answer.finish_reason,
         "frame_timestamps": answer.frame_timestamps,
         "prompt_tokens": answer.prompt_tokens,
-        "milliseconds": rounded(video.milliseconds | answer.milliseconds),
+        "milliseconds": rounded(all_milliseconds(answer, video)),
         "first_token_ms": round(sum(video.milliseconds.values()) + answer.first_token_ms, 3),
         "tokens_per_second": round(answer.tokens_per_second, 3),
         "backend": backend,
     }
-    return msgspec.json.encode(content).decode()
+    return ascii_json(content)
+
+
+def all_milliseconds(answer: Answer, video: Video) -> dict[str, float]:
+    """Per stage, of the video and of the question together."""
+    total = dict(video.milliseconds)
+    for stage, took in answer.milliseconds.items():
+        total[stage] = total.get(stage, 0.0) + took
+    return total
 
 
 def timings(answer: Answer, video: Video) -> str:
     """One line: where the time went."""
-    stages = rounded(video.milliseconds | answer.milliseconds, 1)
+    stages = rounded(all_milliseconds(answer, video), 1)
     first = sum(video.milliseconds.values()) + answer.first_token_ms
     return (
         f"[{len(answer.frame_timestamps)} frames | "
@@ -158,7 +174,8 @@ def rounded(milliseconds: dict[str, float], digits: int = 3) -> dict[str, float]
 def note_settings(qa: VideoQA, config: RunConfig) -> None:
     """What is used, on stderr."""
     manifest = qa.bundle.manifest
-    print(f"bundle {qa.bundle.folder}: {manifest.family}, backend {qa.backend.name}", file=sys.stderr)
+    bundle = printable(f"bundle {qa.bundle.folder}: {manifest.family}, backend {qa.backend.name}")
+    print(bundle, file=sys.stderr)
     print(f"generation: {config.generation.resolve(manifest.generation)}", file=sys.stderr)
     if ignored := config.generation.ignored(manifest.generation):
         print(f"without --do-sample these have no effect: {', '.join(ignored)}", file=sys.stderr)

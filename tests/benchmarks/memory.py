@@ -69,14 +69,13 @@ def peak_mib(bundle: str, clip: Path) -> float:
     """Peak resident memory of one answer, in MiB."""
     arguments = [bundle, str(clip), "What is happening?", "--frames", str(FRAMES), "--max-new-tokens", "8", "--json"]
     code = (
-        "import resource, sys\nfrom runtime.run import main\n"
+        "import sys\nfrom runtime.run import main\n"
         "code = main(sys.argv[1:])\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)\nsys.exit(code)"
+        # VmHWM, not ru_maxrss: that one starts at the peak of the process that forked us
+        "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0], file=sys.stderr)\nsys.exit(code)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True, close_fds=True
-    )
-    return int(done.stderr.split()[-1]) / 1024  # ru_maxrss is in KiB on Linux
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    return int(done.stderr.split()[-1]) / 1024  # KiB
 
 
 if __name__ == "__main__":
