@@ -7,6 +7,7 @@ accumulates). Frames, preprocessing, tokenizer and prompt are the runtime's for 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ from export.reference import Reference
 from runtime.answer import Stopwatch
 from runtime.backend import Array
 from runtime.engine import FRAME_BATCH, VideoQA
+from runtime.errors import OptionError
 from runtime.preprocess import pixel_values_from_frames
 from runtime.text import Prompt
 from runtime.video import FrameChoice, open_source
@@ -55,13 +57,18 @@ class Comparer:
         self.qa.prompts.check(question)
         pixel_values = self.pixel_values(video, frames)
         prompt = self.qa.prompt(question, len(pixel_values))
+        if len(prompt.input_ids) + self.count > self.qa.bundle.manifest.context:
+            raise OptionError(
+                f"--tokens {self.count} after a prompt of {len(prompt.input_ids)} tokens do not fit into the context "
+                f"of {self.qa.bundle.manifest.context}; compare fewer"
+            )
         expected, rows = self.see(pixel_values)
         chain = Seen(found := self.vision(pixel_values), self.features(found))
         if self.reference.linvt:
             rows += self.refine_rows(expected, chain)
         embeds = self.embed(prompt, expected, rows, chain)
         answers = self.answer_rows(embeds, rows)
-        name = video if isinstance(video, str) else "moving shapes"
+        name = Path(video).name if isinstance(video, str) else "moving shapes"
         return Case(name, question, len(pixel_values), *answers, tuple(rows))
 
     def pixel_values(self, video: VideoLike, frames: int | None) -> Floats:
@@ -78,7 +85,7 @@ class Comparer:
         features = (
             self.reference.refine(tokens).visual if self.reference.linvt else tokens.reshape(1, -1, tokens.shape[-1])
         )
-        rows = [value_row("vision", REFERENCE, self.vision(pixel_values), tokens, self.tolerance)]
+        rows = [value_row("vision", "tokens", REFERENCE, self.vision(pixel_values), tokens, self.tolerance)]
         return Seen(tokens, features), rows
 
     def refine_rows(self, expected: Seen, chain: Seen) -> list[Row]:
@@ -89,30 +96,32 @@ class Comparer:
             found = self.graph("refine", tokens=tokens)
             pooled = self.reference.pool_at(expected.tokens, found["indices"])
             rows += [
-                value_row("scores", scope, found["scores"], reference.scores, self.tolerance),
+                value_row("refine", "scores", scope, found["scores"], reference.scores, self.tolerance),
                 selection_row(scope, found["indices"][0], reference.indices[0], reference.scores[0], self.tolerance),
-                value_row("refine", scope, found["visual"], pooled, self.tolerance),
+                value_row("refine", "visual", scope, found["visual"], pooled, self.tolerance),
             ]
         return rows
 
     def embed(self, prompt: Prompt, expected: Seen, rows: list[Row], chain: Seen) -> tuple[Floats, Floats]:
         """The prompt's rows (S, D) as the reference and as the bundle's chain make them."""
-        text = self.reference_rows(prompt.text_ids)
-        sides = [expected.features[0], chain.features[0]]
-        if self.reference.linvt:
-            wanted = self.reference.aggregate(expected.features, text[None])
-            own = self.graph("aggregate", visual=expected.features, text=text[None])["tokens"]
-            rows.append(value_row("aggregate", REFERENCE, own, wanted, self.tolerance))
-            feeds = {"visual": chain.features, "text": self.qa.table.rows(prompt.text_ids)[None]}
-            chained = self.graph("aggregate", **feeds)["tokens"]
-            rows.append(value_row("aggregate", CHAIN, chained, wanted, self.tolerance))
-            sides = [wanted[0], chained[0]]
         ids = prompt.input_ids.copy()
         ids[prompt.visual_positions] = 0
-        embeds = self.reference_rows(ids), self.qa.table.rows(ids)
+        embeds = self.reference.embed(ids), self.qa.table.rows(ids)
+        rows.append(value_row("embedding", "rows", REFERENCE, embeds[1], embeds[0], self.tolerance))
+        sides = [expected.features[0], chain.features[0]]
+        if self.reference.linvt:
+            text = self.reference.embed(prompt.text_ids)
+            wanted = self.reference.aggregate(expected.features, text[None])
+            own = self.graph("aggregate", visual=expected.features, text=text[None])["tokens"]
+            rows.append(value_row("aggregate", "tokens", REFERENCE, own, wanted, self.tolerance))
+            chained = self.graph("aggregate", visual=chain.features, text=self.qa.table.rows(prompt.text_ids)[None])[
+                "tokens"
+            ]
+            rows.append(value_row("aggregate", "tokens", CHAIN, chained, wanted, self.tolerance))
+            sides = [wanted[0], chained[0]]
         for rows_of_side, visual in zip(embeds, sides, strict=True):
             rows_of_side[prompt.visual_positions] = visual
-        rows.append(value_row("prompt", CHAIN, embeds[1], embeds[0], self.tolerance))
+        rows.append(value_row("decode", "inputs_embeds", CHAIN, embeds[1], embeds[0], self.tolerance))
         return embeds
 
     def answer_rows(self, embeds: tuple[Floats, Floats], rows: list[Row]) -> tuple[str, str]:
@@ -121,7 +130,7 @@ class Comparer:
         wanted, gaps = self.reference.greedy(embeds[0], self.count)
         for scope, side in zip((REFERENCE, CHAIN), embeds, strict=True):
             first, found = self.greedy(side)
-            rows.append(value_row("decode", scope, first, logits, self.tolerance))
+            rows.append(value_row("decode", "logits", scope, first, logits, self.tolerance))
             rows.append(greedy_row(scope, found, wanted, gaps, 2 * self.tolerance.limit(logits)))
         decode = self.qa.prompts.tokenizer.decode
         return decode(found), decode(wanted)
@@ -149,10 +158,6 @@ class Comparer:
     def graph(self, stage: str, **feeds: Array) -> dict[str, Array]:
         """Run one of the bundle's graphs."""
         return self.qa.run(stage, feeds, Stopwatch())
-
-    def reference_rows(self, ids: NDArray[np.int64]) -> Floats:
-        """Embedding rows (S, D) from the checkpoint."""
-        return self.reference.embed(ids)
 
 
 def moving_shapes(frames: int, seed: int) -> NDArray[np.uint8]:

@@ -109,22 +109,23 @@ class Checkpoint:
         return read_json(path) if path.exists() else {}
 
     def fingerprint(self) -> str:
-        """SHA-256 of ``config.json`` and of every tensor's name, shape and dtype."""
-        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
+        """SHA-256 of the configuration and of every tensor's name, shape and dtype, however they are sharded."""
+        lines = []
         for path in dict.fromkeys(self.tensors.files.values()):
             with opened(path) as reader:
-                for name in sorted(reader.keys()):
+                for name in reader.keys():  # noqa: SIM118  a reader is no dict
                     part = reader.get_slice(name)
-                    digest.update(f"{name} {part.get_shape()} {part.get_dtype()}\n".encode())
-        return digest.hexdigest()
+                    lines.append(f"{name} {part.get_shape()} {part.get_dtype()}\n")
+        config = json.dumps(self.config, sort_keys=True)
+        return hashlib.sha256("".join([config, "\n", *sorted(lines)]).encode()).hexdigest()
 
 
 def find_folder(source: str | os.PathLike[str]) -> Path:
     """The checkpoint's folder, downloaded when ``source`` is a hub id rather than a path."""
     folder = Path(source)
-    if (folder / "config.json").is_file():
+    if os.path.isfile(folder / "config.json"):  # noqa: PTH113  Path.is_file() raises where a folder is closed to us
         return folder
-    if folder.exists() or os.fspath(source).count("/") != 1 or folder.is_absolute():
+    if os.path.lexists(folder) or os.fspath(source).count("/") != 1 or folder.is_absolute():
         raise CheckpointError(
             f"{source} is not a checkpoint: expected a folder with config.json and *.safetensors, or a hub id"
         )
@@ -136,9 +137,12 @@ def download(identifier: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    # The root of the HTTP client's errors: another library in every major version of the hub's.
+    transport: list[type[Exception]] = [kind for kind in HfHubHTTPError.__bases__ if issubclass(kind, Exception)]
+    refusals: tuple[type[Exception], ...] = (HFValidationError, LocalEntryNotFoundError, OSError, *transport)
     try:
         return Path(snapshot_download(identifier, allow_patterns=HUB_PATTERNS))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except refusals as error:
         raise CheckpointError(
             f"{identifier} is neither a folder nor a checkpoint that could be downloaded: {error}"
         ) from error
@@ -151,7 +155,10 @@ def weight_files(folder: Path) -> list[Path]:
         names = read_json(index).get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
             raise CheckpointError(f"{index} has no weight_map from tensors to files; download it again")
-        paths = [folder / Path(name).name for name in sorted(set(names.values()))]
+        paths = [folder / shard for shard in sorted(set(names.values()))]
+        for path in paths:
+            if path.parent != folder or path.name == "..":
+                raise CheckpointError(f"{index} names {str(path)!r}, expected files beside it; download it again")
     else:
         paths = sorted(folder.glob("*.safetensors"))
     for path in paths:

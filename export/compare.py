@@ -11,13 +11,11 @@ import argparse
 import sys
 from collections.abc import Iterator
 
-import msgspec
-
 from export.__main__ import require_extra
 from export.evidence import Case, Comparison, write_evidence
 from export.parity import Tolerance
 from runtime.backend import BACKENDS
-from runtime.cli import Parser, guarded
+from runtime.cli import Parser, ascii_json, guarded, printable
 from runtime.errors import OptionError
 
 __all__ = ["compare", "main"]
@@ -53,25 +51,25 @@ def compare(arguments: argparse.Namespace) -> int:
     from export.reference import Reference
     from runtime.engine import VideoQA
 
-    if arguments.tokens < 1 or min(arguments.atol, arguments.rtol) < 0:
-        raise OptionError("--tokens must be at least 1, --atol and --rtol at least 0")
+    check_numbers(arguments)
     with VideoQA.open(arguments.bundle, backend=arguments.backend) as qa:
         choice = arguments.linvt if qa.bundle.manifest.linvt else "none"
         reference = Reference.open(arguments.checkpoint, choice)
         reference.check_same_model(qa.bundle.manifest)
         tolerance = Tolerance(arguments.atol, arguments.rtol)
         comparer = Comparer(qa, reference, tolerance, arguments.tokens)
-        frames = arguments.frames or qa.bundle.manifest.frames.default
+        spec = qa.bundle.manifest.frames
+        frames = spec.default if arguments.frames is None else min(max(arguments.frames, 1), spec.maximum)
         videos = arguments.video or [moving_shapes(frames, arguments.seed)]
         cases = []
         for video in videos:
             for question in arguments.question or [QUESTION]:
                 cases.append(comparer.case(video, question, arguments.frames))
                 if not arguments.json:
-                    print("\n".join(table(cases[-1])), flush=True)
+                    print("\n".join(map(printable, table(cases[-1]))), flush=True)
         comparison = Comparison(qa.bundle.identity, reference.fingerprint, qa.backend.name, tolerance, tuple(cases))
     if arguments.json:
-        print(msgspec.json.encode(comparison.content()).decode())
+        print(ascii_json(comparison.content()))
     else:
         print(verdict(comparison))
     if not arguments.no_evidence:
@@ -79,15 +77,22 @@ def compare(arguments: argparse.Namespace) -> int:
     return 0 if comparison else 1
 
 
+def check_numbers(arguments: argparse.Namespace) -> None:
+    """What argparse cannot say about numbers."""
+    if arguments.tokens < 1 or arguments.seed < 0:
+        raise OptionError("--tokens must be at least 1, --seed at least 0")
+    if not (arguments.atol >= 0 and arguments.rtol >= 0):  # NaN is no tolerance
+        raise OptionError("--atol and --rtol must be at least 0")
+
+
 def table(case: Case) -> Iterator[str]:
     """One case as text."""
     yield f"{case.video}, {case.frames} frames: {case.question}"
-    yield f"  {'stage':<10} {'fed by':<9} {'max abs':>9} {'relative':>9} {'cosine':>10} {'limit':>9}"
+    yield f"  {'stage':<10} {'value':<13} {'fed by':<9} {'max abs':>9} {'relative':>9} {'cosine':>10} {'limit':>9}"
     for row in case.rows:
-        yield (
-            f"  {row.stage:<10} {row.scope:<9} {row.max_abs:9.2e} {row.relative:9.2e} {row.cosine:10.7f} "
-            f"{row.limit:9.2e} {'ok' if row.passed else 'DEPARTS'}  {row.note}".rstrip()
-        )
+        numbers = f"{row.max_abs:9.2e} {row.relative:9.2e} {row.cosine:10.7f} {row.limit:9.2e}"
+        passed = "ok" if row.passed else "DEPARTS"
+        yield f"  {row.stage:<10} {row.value:<13} {row.scope:<9} {numbers} {passed}  {row.note}".rstrip()
     yield f"  bundle:  {case.answer}"
     yield f"  PyTorch: {case.reference_answer}"
 
@@ -98,8 +103,8 @@ def verdict(comparison: Comparison) -> str:
     if departure is None:
         return f"the bundle agrees with PyTorch in {len(comparison.cases)} case(s)"
     return (
-        f"the bundle departs from PyTorch first at {departure.stage} (fed by the {departure.scope}): "
-        f"{departure.max_abs:.2e}, accepted {departure.limit:.2e}"
+        f"the bundle departs from PyTorch first at {departure.stage}: {departure.value} (fed by the "
+        f"{departure.scope}) is {departure.max_abs:.2e} away, accepted {departure.limit:.2e}"
     )
 
 

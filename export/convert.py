@@ -7,6 +7,7 @@ line; ``export.__main__`` does.
 from __future__ import annotations
 
 import importlib.metadata
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Literal
 
 import onnx_ir as ir
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from export.checkpoint import Checkpoint
@@ -22,13 +24,13 @@ from export.families import Backbone, backbone_from_checkpoint
 from export.linvt import LinVT
 from export.linvt.layout import LinVTWeights, linvt_from_checkpoint, linvt_from_file
 from export.load import load_module
-from export.passes import narrow_weights
+from export.passes import lower_opset, narrow_weights
 from export.stages import Stage, aggregate_stage, decode_stage, refine_stage, vision_stage
 from export.tokenizer import generation_defaults, stop_ids, token_id, tokenizer_from_checkpoint
 from export.trace import onnx_from_stage
 from export.write import bundle_draft, file_specs, replace_file, save_graph
 from runtime.bundle import MANIFEST
-from runtime.errors import CheckpointError, OptionError
+from runtime.errors import CheckpointError, OptionError, OutputError
 from runtime.manifest import FrameSpec, Manifest, StageSpec, TensorSpec, encode_manifest
 from runtime.text import PromptSpec
 from runtime.version import __version__
@@ -90,9 +92,8 @@ def bundle_from_checkpoint(options: ExportOptions, progress: Progress = lambda s
         frames = frame_spec(backbone, weights, options.frames)
         prompt = write_text(draft, checkpoint, backbone, weights, options)
         stages = {}
-        for stage in traced_stages(checkpoint, backbone, weights, frames, progress):
-            narrow = NARROW.get(storage_dtype(checkpoint, backbone))
-            stages[stage.name] = write_stage(draft, stage, narrow)
+        for stage, stored in traced_stages(checkpoint, backbone, weights, frames, progress):
+            stages[stage.name] = write_stage(draft, stage, NARROW.get(stored))
             del stage
         progress("embedding")
         write_embedding(draft, checkpoint, backbone)
@@ -164,21 +165,22 @@ def traced_stages(
     weights: LinVTWeights | None,
     frames: FrameSpec,
     progress: Progress,
-) -> Iterator[Stage]:
-    """Load and yield one stage after the other; the module before is let go."""
+) -> Iterator[tuple[Stage, str]]:
+    """Load and yield one stage after the other, with its stored dtype; the module before is let go."""
+    stored = storage_dtype(checkpoint, backbone)
     progress("vision")
     vision = load_module(backbone.vision, checkpoint.tensors, backbone.vision_names)
-    yield vision_stage(vision, backbone.preprocess, frames)
+    yield vision_stage(vision, backbone.preprocess, frames), stored
     del vision
     if weights:
         progress("refine")
         linvt = load_linvt(weights)
-        yield refine_stage(linvt, frames)
+        yield refine_stage(linvt, frames), weights.storage
         progress("aggregate")
-        yield aggregate_stage(linvt, backbone.decoder.context)
+        yield aggregate_stage(linvt, backbone.decoder.context), weights.storage
         del linvt
     progress("decode")
-    yield decode_stage(load_decoder(checkpoint, backbone))
+    yield decode_stage(load_decoder(checkpoint, backbone)), stored
 
 
 def load_linvt(weights: LinVTWeights) -> LinVT:
@@ -205,8 +207,18 @@ def write_stage(draft: Path, stage: Stage, narrow: ir.DataType | None) -> StageS
         file,
         tuple(map(tensor_spec, model.graph.inputs)),
         tuple(map(tensor_spec, model.graph.outputs)),
+        older=(write_older(draft, stage.name),),
         storage=narrow.name.lower() if narrowed and narrow else "float32",  # type: ignore[arg-type]
     )
+
+
+def write_older(draft: Path, name: str) -> str:
+    """Write the graph once more for engines that know opset 23 only, over the same weights; the file's name."""
+    model = ir.load(draft / f"{name}.onnx")
+    lower_opset(model)
+    file = f"{name}.opset{model.opset_imports['']}.onnx"
+    ir.save(model, draft / file)
+    return file
 
 
 def tensor_spec(value: ir.Value) -> TensorSpec:
@@ -222,7 +234,11 @@ def write_embedding(draft: Path, checkpoint: Checkpoint, backbone: Backbone) -> 
     table = checkpoint.tensors.tensor(backbone.decoder_names("model.embed_tokens.weight"))
     if table.dtype not in (torch.float16, torch.bfloat16):
         table = table.float()
-    save_file({"embedding": table.contiguous()}, draft / EMBEDDING)
+    try:
+        save_file({"embedding": table.contiguous()}, draft / EMBEDDING)
+    except SafetensorError as error:
+        raise OutputError(f"cannot write {draft / EMBEDDING}: {error}") from error
+    shutil.copymode(draft / TOKENIZER, draft / EMBEDDING)  # safetensors lets nobody else read what it writes
 
 
 def write_text(
@@ -235,7 +251,7 @@ def write_text(
     """Tokenizer and chat template; what the manifest says about them."""
     facts = backbone.prompt
     tokenizer = tokenizer_from_checkpoint(checkpoint, facts)
-    tokenizer.save(str(draft / TOKENIZER))
+    (draft / TOKENIZER).write_text(tokenizer.to_str(pretty=True), "utf-8")
     layout = options.layout if weights else "frames"
     (draft / TEMPLATE).write_text(facts.templates[layout], "utf-8")
     return PromptSpec(

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from export.parity import Row, Tolerance
+from export.parity import STAGES, Row, Tolerance
 from export.write import replace_file
 from runtime.bundle import EVIDENCE, Bundle
 from runtime.version import __version__
@@ -48,16 +48,16 @@ class Comparison:
 
     @property
     def first_departure(self) -> Row | None:
-        """The first row, in the order of the data's way, that is outside its tolerance."""
-        failed = (row for case in self.cases for row in case.rows if not row.passed)
-        return next(failed, None)
+        """The earliest on the data's way, in whichever case, that is outside its tolerance."""
+        failed = [row for case in self.cases for row in case.rows if not row.passed]
+        return min(failed, key=lambda row: STAGES.index(row.stage), default=None)
 
     def content(self) -> dict[str, Any]:
         """What ``evidence.json`` and ``--json`` hold."""
         departure = self.first_departure
-        return {
+        content = {
             "passed": bool(self),
-            "first_departure": f"{departure.stage} ({departure.scope})" if departure else None,
+            "first_departure": f"{departure.stage} {departure.value} ({departure.scope})" if departure else None,
             **asdict(self),
             "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
             "machine": f"{platform.system()} {platform.machine()}",
@@ -66,6 +66,8 @@ class Comparison:
                 **{name: importlib.metadata.version(name) for name in ("torch", "onnxruntime", "numpy")},
             },
         }
+        plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(content))  # NaN becomes null
+        return plain
 
 
 def write_evidence(bundle: Bundle, comparison: Comparison) -> None:

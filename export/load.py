@@ -20,6 +20,8 @@ __all__ = ["Names", "load_module"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
 
 @dataclass(frozen=True)
 class Names:
@@ -49,10 +51,13 @@ def load_module(build: Callable[[], Module], tensors: TensorFiles, names: Names)
     """
     with torch.device("meta"):
         module = build()
+    loaded: dict[nn.Parameter, nn.Parameter] = {}  # tied parameters stay one; the first name is read
     for name, parameter in list(module.named_parameters(remove_duplicate=False)):
         owner, _, leaf = name.rpartition(".")
-        tensor = read(tensors, names, name, tuple(parameter.shape))
-        setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
+        if parameter not in loaded:
+            tensor = read(tensors, names, name, tuple(parameter.shape))
+            loaded[parameter] = nn.Parameter(tensor, requires_grad=False)
+        setattr(module.get_submodule(owner), leaf, loaded[parameter])
     return module.eval()
 
 
@@ -67,4 +72,10 @@ def read(tensors: TensorFiles, names: Names, name: str, shape: tuple[int, ...]) 
             f"tensor {source} has shape {list(found)}, expected {list(shape)} from config.json; "
             "the configuration belongs to other weights"
         )
-    return tensors.tensor(source).to(torch.float32)
+    tensor = tensors.tensor(source)
+    if tensor.dtype not in FLOATS:
+        raise CheckpointError(
+            f"tensor {source} is stored as {tensors.dtype(source)}, expected BF16, F16, F32 or F64; "
+            "quantised checkpoints cannot be exported, give the original one"
+        )
+    return tensor.to(torch.float32)

@@ -5,14 +5,17 @@ Numbers only; ``compare`` runs the stages, ``evidence`` keeps the result.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Row", "Tolerance", "greedy_row", "selection_row", "value_row"]
+__all__ = ["STAGES", "Row", "Tolerance", "greedy_row", "selection_row", "value_row"]
 
 Floats = NDArray[np.float32]
+
+STAGES = ("vision", "refine", "embedding", "aggregate", "decode")  # on the data's way
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,9 @@ class Row:
     """One line of the report.
 
     Attributes:
-        stage: of the bundle.
-        scope: "stage" when fed with the reference's values, "chain" when fed with the bundle's own.
+        stage: one of ``STAGES``.
+        value: what was compared, e.g. an output of the stage's graph.
+        scope: "reference" when fed with the reference's values, "chain" when fed with the bundle's own.
         max_abs: largest difference; relative: L2 norm of the difference over that of the reference.
         cosine: between the flattened tensors.
         limit: what ``max_abs`` may be.
@@ -41,6 +45,7 @@ class Row:
     """
 
     stage: str
+    value: str
     scope: str
     max_abs: float
     relative: float
@@ -50,14 +55,18 @@ class Row:
     note: str = ""
 
 
-def value_row(stage: str, scope: str, found: Floats, reference: Floats, tolerance: Tolerance) -> Row:
-    """Compare values."""
+def value_row(stage: str, value: str, scope: str, found: Floats, reference: Floats, tolerance: Tolerance) -> Row:
+    """Compare values of one shape."""
+    limit = tolerance.limit(reference)
+    if found.shape != reference.shape:
+        note = f"shape {list(found.shape)}, expected {list(reference.shape)}"
+        return Row(stage, value, scope, math.inf, math.inf, 0.0, limit, False, note)
     difference = found.astype(np.float64) - reference
     norm = float(np.linalg.norm(reference))
     largest = float(np.abs(difference).max())
-    limit = tolerance.limit(reference)
     return Row(
         stage,
+        value,
         scope,
         largest,
         float(np.linalg.norm(difference)) / norm if norm else largest,
@@ -82,7 +91,7 @@ def selection_row(
     Tokens whose scores are closer than the noise may change places; a token may not be passed over for a worse one.
     """
     worth = np.sort(scores[found])[::-1], np.sort(scores[reference])[::-1]
-    row = value_row("selection", scope, *worth, tolerance)
+    row = value_row("refine", "indices", scope, *worth, tolerance)
     overlap = len(np.intersect1d(found, reference)) / len(reference)
     order = "same order" if np.array_equal(found, reference) else "another order"
     return Row(**{**vars(row), "note": f"overlap {overlap:.1%}, {order}"})
@@ -93,4 +102,4 @@ def greedy_row(scope: str, found: list[int], reference: list[int], gaps: list[fl
     same = next((i for i, (a, b) in enumerate(zip(found, reference, strict=True)) if a != b), len(reference))
     gap = gaps[same] if same < len(reference) else 0.0
     note = f"{same} of {len(reference)} tokens agree" + (f", then a gap of {gap:.2g}" if gap else "")
-    return Row("answer", scope, gap, 0.0, 1.0, limit, gap <= limit, note)
+    return Row("decode", "answer", scope, gap, 0.0, 1.0, limit, gap <= limit, note)

@@ -70,14 +70,16 @@ class Reference:
             "family": self.backbone.family,
             "linvt": self.linvt.config if self.linvt else None,
             "tokens a frame": self.backbone.tokens_per_frame,
-            "image size": self.backbone.preprocess.size,
+            "preprocessing": self.backbone.preprocess,
+            "vocabulary": decoder.vocab,
             "width": decoder.width,
             "layers": decoder.layers,
             "heads_kv": decoder.heads_kv,
             "head_dim": decoder.head_dim,
         }
         theirs = (
-            *(manifest.family, manifest.linvt, manifest.frames.tokens, manifest.preprocess.size),
+            *(manifest.family, manifest.linvt, manifest.frames.tokens, manifest.preprocess),
+            next(spec.shape[-1] for spec in manifest.stages["decode"].outputs if spec.name == "logits"),
             *(manifest.width, manifest.layers, manifest.heads_kv, manifest.head_dim),
         )
         for (name, own), other in zip(ours.items(), theirs, strict=True):
@@ -141,4 +143,4 @@ class Reference:
 
 def array(tensor: Tensor) -> Floats:
     """A float32 copy that torch does not own."""
-    return np.array(tensor, np.float32)
+    return tensor.numpy().astype(np.float32)

@@ -106,14 +106,15 @@ class Decode(nn.Module):
 def vision_stage(backbone: nn.Module, preprocess: Preprocess, frames: FrameSpec) -> Stage:
     """Frames are a free axis: the runtime sends batches."""
     example = torch.randn(EXAMPLE_ROWS, 3, *preprocess.size)
-    axes = {0: ("frames", 1, frames.maximum)}
+    axes = {0: ("frames", 1, max(frames.maximum, EXAMPLE_ROWS))}
     return Stage("vision", Vision(backbone), (example,), ("pixel_values",), ("tokens",), (axes,))
 
 
 def refine_stage(linvt: LinVT, frames: FrameSpec) -> Stage:
-    """Frames are a free axis from the fewest that hold ``top_k`` tokens."""
-    example = torch.randn(1, max(frames.minimum + 1, 2), frames.tokens, linvt.config.width)
-    axes = {1: ("frames", frames.minimum, max(frames.maximum, frames.minimum + 1))}
+    """Frames are a free axis from the fewest that hold ``top_k`` tokens, unless only one number is possible."""
+    free = frames.maximum > frames.minimum
+    example = torch.randn(1, frames.minimum + free, frames.tokens, linvt.config.width)
+    axes = {1: ("frames", frames.minimum, frames.maximum)} if free else {}
     outputs = ("visual", "indices", "scores")
     return Stage("refine", Refine(linvt), (example,), ("tokens",), outputs, (axes,))
 

@@ -6,6 +6,7 @@ them. Renders no prompt.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -27,9 +28,9 @@ def tokenizer_from_checkpoint(checkpoint: Checkpoint, prompt: PromptFacts) -> To
         CheckpointError: no tokenizer, a broken one, or one that lacks those tokens.
     """
     path = checkpoint.folder / "tokenizer.json"
-    tokenizer = read_tokenizer(path.read_text("utf-8"), checkpoint) if path.exists() else None
-    if tokenizer is None or tokenizer.token_to_id(prompt.visual_token) is None:
-        tokenizer = converted(checkpoint)
+    tokenizer = read_tokenizer(path) if path.exists() else converted(checkpoint)
+    if tokenizer.token_to_id(prompt.visual_token) is None and tokenizer_class(checkpoint):
+        tokenizer = converted(checkpoint)  # a base model's tokenizer.json, with the family's tokens in other files
     for token in (prompt.visual_token, prompt.end_token):
         token_id(tokenizer, token)
     tokenizer.no_truncation()
@@ -37,46 +38,64 @@ def tokenizer_from_checkpoint(checkpoint: Checkpoint, prompt: PromptFacts) -> To
     return tokenizer
 
 
-def read_tokenizer(text: str, checkpoint: Checkpoint) -> Tokenizer:
+def read_tokenizer(path: Path) -> Tokenizer:
     """Parse ``tokenizer.json``."""
     try:
-        return Tokenizer.from_str(text)
+        return Tokenizer.from_file(str(path))
     except Exception as error:  # the tokenizers library raises nothing narrower
-        raise CheckpointError(f"{checkpoint.folder}/tokenizer.json is broken: {error}") from error
+        raise CheckpointError(f"{path} is broken: {error}; download it again") from error
 
 
 def converted(checkpoint: Checkpoint) -> Tokenizer:
     """A tokenizer from vocabulary files, through the transformers class the checkpoint names."""
     import transformers
 
-    name = str(checkpoint.json("tokenizer_config.json").get("tokenizer_class", ""))
-    kind = getattr(transformers, f"{name.removesuffix('Fast')}Fast", None) or getattr(transformers, name, None)
-    if kind is None:
+    name = tokenizer_class(checkpoint)
+    kind: Any = getattr(transformers, f"{name.removesuffix('Fast')}Fast", None) or getattr(transformers, name, None)
+    known = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedTokenizerBase)
+    if not known:
         raise CheckpointError(
-            f"{checkpoint.folder}: no usable tokenizer.json, and tokenizer_class {name!r} is not one of "
-            "transformers' own; add a tokenizer.json"
+            f"{checkpoint.folder}: no tokenizer.json, and tokenizer_class {name!r} of tokenizer_config.json is not "
+            "one of transformers' own; add a tokenizer.json"
         )
+    files = [file for part, file in kind.vocab_files_names.items() if part != "tokenizer_file"]
+    missing = [file for file in files if not (checkpoint.folder / file).is_file()]
+    if missing and not (checkpoint.folder / "tokenizer.json").is_file():  # transformers makes an empty one then
+        raise CheckpointError(f"{checkpoint.folder} has neither tokenizer.json nor {missing[0]}; download it again")
     try:
-        tokenizer: Tokenizer = kind.from_pretrained(checkpoint.folder).backend_tokenizer
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        tokenizer: Tokenizer = kind.from_pretrained(checkpoint.folder, local_files_only=True).backend_tokenizer
+    except Exception as error:  # the tokenizers library below raises nothing narrower
         raise CheckpointError(
-            f"{checkpoint.folder}: {name} could not be converted to tokenizer.json: {error}"
+            f"{checkpoint.folder}: {name} could not be converted to tokenizer.json: {error}; add a tokenizer.json"
         ) from error
     return tokenizer
+
+
+def tokenizer_class(checkpoint: Checkpoint) -> str:
+    """The transformers class that ``tokenizer_config.json`` names; empty where it names none."""
+    name = checkpoint.json("tokenizer_config.json").get("tokenizer_class")
+    return name if isinstance(name, str) else ""
 
 
 def token_id(tokenizer: Tokenizer, token: str) -> int:
     """The id of a token that has to exist."""
     found = tokenizer.token_to_id(token)
     if found is None:
-        raise CheckpointError(f"the tokenizer has no token {token!r}, which the family's prompt needs")
+        raise CheckpointError(
+            f"the tokenizer has no token {token!r}, which the family's prompt needs; "
+            "tokenizer.json or tokenizer_config.json is another model's"
+        )
     return int(found)
 
 
 def stop_ids(checkpoint: Checkpoint, tokenizer: Tokenizer, end_token: str) -> tuple[int, ...]:
     """Ids that end an answer: those of ``generation_config.json`` and the template's end token."""
     listed: Any = checkpoint.json("generation_config.json").get("eos_token_id")
-    ids = [] if listed is None else [listed] if isinstance(listed, int) else list(listed)
+    ids = [] if listed is None else listed if isinstance(listed, list) else [listed]
+    if not all(type(id_) is int and id_ >= 0 for id_ in ids):
+        raise CheckpointError(
+            f"generation_config.json has eos_token_id {listed!r}, expected a token id or a list of them"
+        )
     return tuple(sorted({*ids, token_id(tokenizer, end_token)}))
 
 
@@ -87,4 +106,6 @@ def generation_defaults(checkpoint: Checkpoint) -> GenerationDefaults:
     try:
         return GenerationDefaults(**given)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"generation_config.json does not fit: {error}") from error
+        raise CheckpointError(
+            f"generation_config.json does not fit: {error}; correct the field or remove it"
+        ) from error

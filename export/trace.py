@@ -42,8 +42,9 @@ def onnx_from_stage(stage: Stage) -> ir.Model:
     assert program is not None, "export to memory returns a program"
     model = program.model
     model.graph.name = stage.name
-    transpose_weights(model)
+    transpose_weights(model)  # before folding, which would take small weights' names
     fold_constants(model)
+    transpose_weights(model)  # after it: a slice of everything stood between some weights and their Transpose
     attach_gather_pool(model)
     drop_traces(model)
     return model

@@ -6,20 +6,26 @@ between, the target is as it was. Knows nothing of models.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 import onnx_ir as ir
 
 from runtime.bundle import MANIFEST, sha256_of
 from runtime.errors import OutputError
-from runtime.manifest import FileSpec
+from runtime.manifest import FORMAT, FileSpec, Header
 
-__all__ = ["bundle_draft", "file_specs", "replace_file", "save_graph"]
+__all__ = ["bundle_draft", "file_specs", "replace_file", "save_graph", "written"]
+
+AT_FDCWD = -100  # relative paths count from the working folder, as everywhere
+RENAME_EXCHANGE = 2  # of linux/fs.h
 
 
 @contextmanager
@@ -29,19 +35,27 @@ def bundle_draft(target: Path, *, force: bool) -> Iterator[Path]:
     Raises:
         OutputError: the target exists (with ``force``: exists and is not a bundle), or cannot be written.
     """
-    target = Path(target).absolute()
+    target = located(target)
     refuse_occupied(target, force)
-    with written(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.with_name(f"{draft_prefix(target)}{os.getpid()}-{secrets.token_hex(4)}")
+    with made_parents(target), written(target):
         remove_abandoned(target)
-        draft = Path(tempfile.mkdtemp(prefix=f"{draft_prefix(target)}{os.getpid()}-", dir=target.parent))
-    try:
-        with written(target):
+        try:
+            draft.mkdir()
             yield draft
-            draft.chmod(0o777 & ~current_umask())
+            refuse_occupied(target, force)
             put_in_place(draft, target)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def located(target: Path) -> Path:
+    """The absolute path; its last part is a name, even of "." and "..", and is not followed if it is a link."""
+    target = Path(target)
+    named = target.name not in ("", "..")
+    if named:
+        return Path(os.path.realpath(target.parent)) / target.name
+    return Path(os.path.realpath(target))
 
 
 def refuse_occupied(target: Path, force: bool) -> None:
@@ -50,9 +64,20 @@ def refuse_occupied(target: Path, force: bool) -> None:
         return
     if not force:
         raise OutputError(f"{target} exists; choose another --output or give --force to replace it")
-    replaceable = target.is_dir() and not target.is_symlink()
-    if not replaceable or (any(target.iterdir()) and not (target / MANIFEST).is_file()):
-        raise OutputError(f"{target} exists and is not a bundle; --force replaces bundles only")
+    with written(target):
+        replaceable = target.is_dir() and not target.is_symlink() and (is_bundle(target) or not any(target.iterdir()))
+    if not replaceable:
+        raise OutputError(
+            f"{target} exists and is not a bundle; --force replaces bundles only, choose another --output"
+        )
+
+
+def is_bundle(folder: Path) -> bool:
+    """Whether ``folder`` holds a manifest of ours, of whatever version."""
+    try:
+        return msgspec.json.decode((folder / MANIFEST).read_bytes(), type=Header).format == FORMAT
+    except (OSError, ValueError, RecursionError):  # also what msgspec raises
+        return False
 
 
 def draft_prefix(target: Path) -> str:
@@ -60,23 +85,68 @@ def draft_prefix(target: Path) -> str:
     return f".{target.name}.draft-"
 
 
+@contextmanager
+def made_parents(target: Path) -> Iterator[None]:
+    """Make the folders above ``target``; those that are empty in the end go again."""
+    missing = [folder for folder in target.parents if not folder.exists()]
+    try:
+        with written(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        for folder in missing:
+            with contextlib.suppress(OSError):  # it holds the bundle
+                folder.rmdir()
+
+
 def remove_abandoned(target: Path) -> None:
     """Remove drafts of processes that were killed."""
-    for draft in target.parent.glob(f"{draft_prefix(target)}*"):
+    for draft in target.parent.iterdir():
         owner = draft.name.removeprefix(draft_prefix(target)).split("-")[0]
-        if owner.isdigit() and not Path("/proc", owner).exists() and Path("/proc").exists():
+        if draft.name.startswith(draft_prefix(target)) and owner.isdecimal() and not runs(int(owner)):
             shutil.rmtree(draft, ignore_errors=True)
 
 
+def runs(process: int) -> bool:
+    """Whether a process of this number lives."""
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
+
+
 def put_in_place(draft: Path, target: Path) -> None:
-    """Rename ``draft`` to ``target``; a bundle that stood there goes last."""
-    if not target.exists():
+    """Rename ``draft`` to ``target``; where a bundle stands there, the two change places in one step."""
+    for path in (draft, *draft.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~current_umask())
+    if not os.path.lexists(target):
         draft.rename(target)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f"{draft_prefix(target)}{os.getpid()}-", dir=target.parent))
-    target.rename(old / "replaced")
-    draft.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+    elif not exchanged(draft, target):
+        replace_in_two_steps(draft, target)
+
+
+def exchanged(first: Path, second: Path) -> bool:
+    """Swap two paths, in one step; False where the system cannot (it has to be Linux, and the file system willing)."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    code: int = renameat2(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE)
+    return code == 0
+
+
+def replace_in_two_steps(draft: Path, target: Path) -> None:
+    """The old bundle leaves, the new one comes; without the new one the old one returns."""
+    old = draft.with_name(f"{draft.name}-old")
+    target.rename(old)
+    try:
+        draft.rename(target)
+    finally:
+        if not target.exists():
+            old.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
@@ -85,7 +155,8 @@ def written(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OutputError(f"cannot write {target}: {error.strerror or error}") from error
+        # A write that the disk cut short comes without the system's reason.
+        raise OutputError(f"cannot write {target}: {error.strerror or f'{error}; is the disk full?'}") from error
 
 
 def current_umask() -> int:

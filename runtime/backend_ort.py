@@ -102,12 +102,23 @@ class OrtBackend:
             raise BackendError("the backend is closed; open the bundle again")
         if stage not in self.sessions:
             spec = self.bundle.manifest.stages[stage]
-            path = self.bundle.path(spec.file)
-            with translated(f"load {path.name}", "export the bundle again"):
-                session = create_session(path, self.name, self.threads)
+            paths = [self.bundle.path(file) for file in (spec.file, *spec.older)]
+            session = first_session(paths, self.name, self.threads)
             check_tensors(session, spec)
             self.sessions[stage] = session
         return self.sessions[stage]
+
+
+def first_session(paths: list[Path], name: str, threads: int | None) -> ort.InferenceSession:
+    """Load the first of several forms of a graph that this ONNX Runtime knows the operators of."""
+    refusals: list[BackendError] = []
+    for path in paths:
+        try:
+            with translated(f"load {path.name}", "export the bundle again, or install a newer onnxruntime"):
+                return create_session(path, name, threads)
+        except BackendError as error:
+            refusals.append(error)
+    raise refusals[0]
 
 
 def create_session(path: Path, name: str, threads: int | None) -> ort.InferenceSession:

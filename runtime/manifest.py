@@ -57,6 +57,7 @@ class StageSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One graph of the bundle.
 
     Attributes:
+        older: the same graph for engines that know older opsets only, newest first; it shares the weights.
         compute: dtype the graph calculates in.
         storage: dtype of the weights in the file; 16-bit storage is used where it loses nothing.
     """
@@ -64,6 +65,7 @@ class StageSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     file: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    older: tuple[str, ...] = ()
     compute: Dtype = "float32"
     storage: Dtype = "float32"
 
@@ -163,8 +165,9 @@ def check_stages(manifest: Manifest) -> None:
     if set(manifest.stages) != expected:
         raise ValueError(f"stages must be {sorted(expected)}, found {sorted(manifest.stages)}")
     for name, stage in manifest.stages.items():
-        if stage.file not in manifest.files or not stage.file.endswith(".onnx"):
-            raise ValueError(f"stage file {stage.file!r:.80} is not an .onnx file among the files")
+        for file in (stage.file, *stage.older):
+            if file not in manifest.files or not file.endswith(".onnx"):
+                raise ValueError(f"stage file {file!r:.80} is not an .onnx file among the files")
         shapes = {spec.name: spec.shape for spec in (*stage.inputs, *stage.outputs)}
         for tensor, wanted in contract(manifest, name):
             found = shapes.get(tensor)

@@ -69,7 +69,7 @@ class Sampler:
             return scores
         scores = scores.copy()
         ids = np.unique(self._generated)
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
             changed = np.where(scores[ids] < 0, scores[ids] * penalty, scores[ids] / penalty)
         scores[ids] = changed.clip(-_LARGEST, _LARGEST)
         return scores

@@ -32,9 +32,7 @@ def sentencepiece(*decoder: decoders.Decoder) -> Tokenizer:
     pieces += ["▁", "▁▁", "▁c", "at", "▁cat", "▁a", *"acnrstu.é你", REPLACEMENT]
     merges = [("▁", "▁"), ("▁", "c"), ("a", "t"), ("▁c", "at"), ("▁", "a")]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
-    tokenizer = Tokenizer(
-        models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
-    )
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(list(decoder))
     tokenizer.add_special_tokens(["<unk>", "<s>", AddedToken("<|end|>", rstrip=True)])
@@ -48,9 +46,7 @@ TOKENIZERS = {
         decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)
     ),
     "sentencepiece, metaspace": sentencepiece(decoders.ByteFallback(), decoders.Metaspace()),
-    "sentencepiece, no strip": sentencepiece(
-        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()
-    ),
+    "sentencepiece, no strip": sentencepiece(decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()),
 }
 
 every_tokenizer = pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
@@ -151,6 +147,6 @@ def test_the_time_grows_with_the_number_of_tokens_and_not_faster(content: str) -
     start = time.perf_counter()
     pieces = streamed(tokenizer, [token] * 20_000)
     seconds = time.perf_counter() - start
-    print(f"20000 x {content}: {seconds:.2f} s")  # noqa: T201
+    print(f"20000 x {content}: {seconds:.2f} s")
     assert "".join(pieces) == whole(tokenizer, [token] * 20_000)
     assert seconds < 5  # quadratic time would be about 40 s

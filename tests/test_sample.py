@@ -108,9 +108,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("name", "value", "expected"), REFUSED)
-def test_an_option_out_of_range_is_refused_by_name_value_and_range(
-    name: str, value: object, expected: str
-) -> None:
+def test_an_option_out_of_range_is_refused_by_name_value_and_range(name: str, value: object, expected: str) -> None:
     with pytest.raises(OptionError) as caught:
         sampling(**{name: value})
     message = str(caught.value)
@@ -208,7 +206,7 @@ def test_probabilities_equal_those_of_transformers(size: int, changes: dict[str,
         ours = sampler_after(generated, chosen, size).probabilities(logits)
         theirs = probabilities_of_transformers(logits, generated, chosen)
         difference = float(np.abs(ours - theirs).max())
-        print(f"size {size}, {changes}: largest difference {difference:.1e}")  # noqa: T201
+        print(f"size {size}, {changes}: largest difference {difference:.1e}")
         assert difference <= 1e-6
         np.testing.assert_array_equal(ours > 0, theirs > 0)
 
@@ -273,9 +271,7 @@ def test_a_tiny_temperature_becomes_greedy_and_a_huge_penalty_stays_finite() -> 
 
 @pytest.mark.parametrize("do_sample", [False, True])
 @pytest.mark.parametrize(("bad", "word"), [(np.nan, "NaN"), (np.inf, "infinite"), (-np.inf, "infinite")])
-def test_logits_that_are_not_finite_end_the_answer_with_a_reason(
-    do_sample: bool, bad: float, word: str
-) -> None:
+def test_logits_that_are_not_finite_end_the_answer_with_a_reason(do_sample: bool, bad: float, word: str) -> None:
     sampler = Sampler(sampling(do_sample=do_sample))
     logits = logits_of(64, seed=6)
     sampler.next(logits)
@@ -294,5 +290,5 @@ def test_a_large_vocabulary_costs_milliseconds(changes: dict[str, object]) -> No
     for _ in range(5):
         sampler.next(logits)
     each = (time.perf_counter() - start) / 5 * 1e3
-    print(f"{changes}: {each:.2f} ms a token")  # noqa: T201
+    print(f"{changes}: {each:.2f} ms a token")
     assert each < 100  # generous: the machine is shared

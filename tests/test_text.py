@@ -132,21 +132,13 @@ def test_linvt_reads_the_released_codes_slice_where_the_weights_want_it() -> Non
     np.testing.assert_array_equal(prompt.text_ids, expected["value_input_ids"][0])
 
 
-@pytest.mark.parametrize(
-    "question", ["a", "user", "<", "什么", "👩‍👧 who?", " leading and trailing \n", "é e\u0301"]
-)
+@pytest.mark.parametrize("question", ["a", "user", "<", "什么", "👩‍👧 who?", " leading and trailing \n", "é e\u0301"])
 @pytest.mark.parametrize("template", [CHAT, TRAINING], ids=["chat", "training"])
-def test_released_slice_ends_with_the_question_even_if_its_words_stand_elsewhere(
-    template: str, question: str
-) -> None:
+def test_released_slice_ends_with_the_question_even_if_its_words_stand_elsewhere(template: str, question: str) -> None:
     prompt = build(question, template, text_input="released_slice")
-    after = Tokenizer.from_file(str(GOLDEN / WITH_LINVT / "tokenizer.json")).encode(
-        "<|im_end|><|im_start|>assistant\n"
-    )
+    after = Tokenizer.from_file(str(GOLDEN / WITH_LINVT / "tokenizer.json")).encode("<|im_end|><|im_start|>assistant\n")
     own = build(question, template).text_ids.size
-    np.testing.assert_array_equal(
-        prompt.text_ids, prompt.input_ids[own : prompt.input_ids.size - len(after.ids)]
-    )
+    np.testing.assert_array_equal(prompt.text_ids, prompt.input_ids[own : prompt.input_ids.size - len(after.ids)])
 
 
 def test_special_tokens_of_the_tokenizer_are_added_only_when_asked_for(tmp_path: Path) -> None:
@@ -240,9 +232,7 @@ def test_a_control_token_that_only_appears_after_normalisation_is_refused(tmp_pa
         PromptBuilder(path, CHAT, spec()).check("What is <IMG_CONTEXT>?".replace("<", "\uff1c"))
 
 
-@pytest.mark.parametrize(
-    "question", ["1 < 2 > 0?", "{{ 7 * 7 }}{% raw %}", "im_end |>", "<ref>cat</ref>", "\x00"]
-)
+@pytest.mark.parametrize("question", ["1 < 2 > 0?", "{{ 7 * 7 }}{% raw %}", "im_end |>", "<ref>cat</ref>", "\x00"])
 def test_everything_else_can_be_asked(question: str) -> None:
     builder().check(question)
     assert question in builder().render(user(question), frames=1, tokens=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from export.checkpoint import Checkpoint
-from export.families.base import Backbone, Family
+from export.families.base import Backbone, Family, shortened
 from export.families.internvl2 import INTERNVL2
 from runtime.errors import CheckpointError
 
@@ -21,7 +21,8 @@ def backbone_from_checkpoint(checkpoint: Checkpoint) -> Backbone:
     for family in FAMILIES:
         if family.recognises(checkpoint.config):
             return family.backbone(checkpoint)
-    found = checkpoint.config.get("model_type") or checkpoint.config.get("architectures")
+    found = checkpoint.config.get("model_type")
     raise CheckpointError(
-        f"{checkpoint.folder}: unknown family {found!r}; known: {', '.join(family.name for family in FAMILIES)}"
+        f"{checkpoint.folder}: config.json is of the unknown family {shortened(found)} (model_type); "
+        f"known: {', '.join(family.name for family in FAMILIES)}"
     )

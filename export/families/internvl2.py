@@ -15,17 +15,21 @@ from torch import Tensor, nn
 from export.checkpoint import Checkpoint
 from export.connector.pixel_shuffle import PixelShuffleMLP
 from export.decoder import DecoderConfig
-from export.families.base import Backbone, PromptFacts, field
+from export.families.base import Backbone, PromptFacts, divided, field, one_of, optional, positive, shortened, size
 from export.load import Names
 from export.vision.internvit import InternViT, InternViTConfig
 from runtime.errors import CheckpointError
-from runtime.preprocess import Preprocess
+from runtime.preprocess import MAX_SIDE, Preprocess
 
 __all__ = ["INTERNVL2"]
 
 SYSTEM = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+MOST_LAYERS = 1024  # of tower or LLM; building a module for a mistyped number would not end
+SHORTEST_CONTEXT = 64  # tokens; the template alone takes about as many
+SMALLEST_RATIO = 1 / 64  # of patches to tokens along one side
 
 CONVERSATION = """\
 <|im_start|>system
@@ -72,13 +76,8 @@ class InternVL2:
         config = checkpoint.config
         tower = tower_config(config)
         decoder = decoder_config(config)
-        block = round(1 / field({"downsample_ratio": 0.5} | dict(config), "downsample_ratio", float))
-        version = str(config.get("ps_version", "v1"))
-        if tower.grid % block:
-            raise CheckpointError(
-                f"config.json: {tower.grid} patches a side do not divide into blocks of {block}; "
-                "check force_image_size, patch_size and downsample_ratio"
-            )
+        block = shuffle_block(config, tower)
+        version = one_of(config, "ps_version", "v1", "v2")
         return Backbone(
             family=self.name,
             tokens_per_frame=(tower.grid // block) ** 2,
@@ -99,18 +98,26 @@ def tower_config(config: Mapping[str, Any]) -> InternViTConfig:
             "config.json: vision_config is InternViT-6B (RMS norm, normed queries and keys), which is not "
             "supported; InternVL2 1B to 8B use the 300M tower"
         )
+    layers = size(config, "vision_config.num_hidden_layers", most=MOST_LAYERS)
+    select = optional(config, "select_layer", -1)
+    if not -layers <= select <= -1:
+        raise CheckpointError(f"config.json field select_layer is {select}, expected {-layers} to -1")
+    one_of(config, "vision_config.hidden_act", "gelu")
+    one_of(config, "vision_config.num_channels", 3)
     tower = InternViTConfig(
-        width=field(config, "vision_config.hidden_size", int),
-        heads=field(config, "vision_config.num_attention_heads", int),
-        layers=field(config, "vision_config.num_hidden_layers", int),
-        mlp_width=field(config, "vision_config.intermediate_size", int),
-        patch_size=field(config, "vision_config.patch_size", int),
-        image_size=field(config, "vision_config.image_size", int),
-        norm_eps=field(config, "vision_config.layer_norm_eps", float),
-        qkv_bias=bool(vision.get("qkv_bias", True)),
-        select_layer=config.get("select_layer", -1),
+        width=size(config, "vision_config.hidden_size"),
+        heads=size(config, "vision_config.num_attention_heads"),
+        layers=layers,
+        mlp_width=size(config, "vision_config.intermediate_size"),
+        patch_size=size(config, "vision_config.patch_size", most=MAX_SIDE),
+        image_size=size(config, "vision_config.image_size", most=MAX_SIDE),
+        norm_eps=positive(config, "vision_config.layer_norm_eps"),
+        qkv_bias=optional(config, "vision_config.qkv_bias", True),
+        select_layer=select,
     )
-    forced = config.get("force_image_size") or tower.image_size
+    divided(config, "vision_config.hidden_size", "vision_config.num_attention_heads")
+    divided(config, "vision_config.image_size", "vision_config.patch_size")
+    forced = optional(config, "force_image_size", tower.image_size)
     if forced != tower.image_size:
         raise CheckpointError(
             f"config.json: force_image_size {forced} differs from vision_config.image_size {tower.image_size}; "
@@ -119,32 +126,58 @@ def tower_config(config: Mapping[str, Any]) -> InternViTConfig:
     return tower
 
 
+def shuffle_block(config: Mapping[str, Any], tower: InternViTConfig) -> int:
+    """Side of the square of patches that becomes one token, from ``downsample_ratio``."""
+    ratio = optional(config, "downsample_ratio", 0.5)
+    block = round(1 / ratio) if SMALLEST_RATIO <= ratio <= 1 else 0
+    if not block or tower.grid % block:
+        raise CheckpointError(
+            f"config.json field downsample_ratio is {ratio}, expected 1 / n where n divides the {tower.grid} "
+            "patches a side; published checkpoints have 0.5"
+        )
+    return block
+
+
 def decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
     """The LLM's sizes from ``config.json``."""
-    architecture = (config.get("llm_config") or {}).get("architectures") or [None]
-    if architecture[0] != "Qwen2ForCausalLM":
-        raise CheckpointError(
-            f"config.json: llm_config.architectures is {architecture[0]!r}; supported: Qwen2ForCausalLM"
-        )
-    if config["llm_config"].get("rope_scaling"):
-        raise CheckpointError("config.json: llm_config.rope_scaling is set; only plain rotary positions work")
-    if config.get("template", "Hermes-2") != "Hermes-2":
-        raise CheckpointError(f"config.json: template is {config['template']!r}; supported: Hermes-2")
-    heads = field(config, "llm_config.num_attention_heads", int)
-    width = field(config, "llm_config.hidden_size", int)
+    check_llm(config)
+    divided(config, "llm_config.num_attention_heads", "llm_config.num_key_value_heads")
     return DecoderConfig(
-        vocab=field(config, "llm_config.vocab_size", int),
-        width=width,
-        layers=field(config, "llm_config.num_hidden_layers", int),
-        heads=heads,
-        heads_kv=field(config, "llm_config.num_key_value_heads", int),
-        head_dim=config["llm_config"].get("head_dim") or width // heads,
-        mlp_width=field(config, "llm_config.intermediate_size", int),
-        rope_theta=field(config, "llm_config.rope_theta", float),
-        context=field(config, "llm_config.max_position_embeddings", int),
-        norm_eps=field(config, "llm_config.rms_norm_eps", float),
-        tied=bool(config["llm_config"].get("tie_word_embeddings", False)),
+        vocab=size(config, "llm_config.vocab_size"),
+        width=size(config, "llm_config.hidden_size"),
+        layers=size(config, "llm_config.num_hidden_layers", most=MOST_LAYERS),
+        heads=size(config, "llm_config.num_attention_heads"),
+        heads_kv=size(config, "llm_config.num_key_value_heads"),
+        head_dim=head_size(config),
+        mlp_width=size(config, "llm_config.intermediate_size"),
+        rope_theta=positive(config, "llm_config.rope_theta"),
+        context=size(config, "llm_config.max_position_embeddings", least=SHORTEST_CONTEXT),
+        norm_eps=positive(config, "llm_config.rms_norm_eps"),
+        tied=optional(config, "llm_config.tie_word_embeddings", False),
     )
+
+
+def check_llm(config: Mapping[str, Any]) -> None:
+    """Refuse by name what is published with other LLMs or would change their arithmetic."""
+    llm = field(config, "llm_config", dict)
+    if (architectures := llm.get("architectures")) != ["Qwen2ForCausalLM"]:
+        raise CheckpointError(
+            f"config.json: llm_config.architectures is {shortened(architectures)}; supported: ['Qwen2ForCausalLM']"
+        )
+    if llm.get("rope_scaling"):
+        raise CheckpointError("config.json: llm_config.rope_scaling is set; only plain rotary positions work")
+    one_of(config, "template", "Hermes-2")
+    one_of(config, "llm_config.hidden_act", "silu")
+    one_of(config, "llm_config.use_sliding_window", False)
+
+
+def head_size(config: Mapping[str, Any]) -> int:
+    """Channels of one attention head; rotary positions turn them in pairs."""
+    given = optional(config, "llm_config.head_dim", 0)
+    found = given or divided(config, "llm_config.hidden_size", "llm_config.num_attention_heads")
+    if found % 2 or not 2 <= found <= size(config, "llm_config.hidden_size"):
+        raise CheckpointError(f"config.json: llm_config gives heads of {found} channels, expected an even number")
+    return found
 
 
 def conversation(video: str) -> str:

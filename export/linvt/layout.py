@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 
 from export.checkpoint import Checkpoint, TensorFiles, read_json
+from export.families.base import optional
 from export.load import Names
 from runtime.errors import CheckpointError
 from runtime.linvt import LinVTConfig
@@ -43,6 +44,8 @@ KEYS = {
     "linvt_tokens_per_frame": "tokens_per_frame",
     "linvt_max_frames": "max_frames",
 }
+LARGEST = 2**16  # tokens or frames; the released code keeps 1024 tokens
+SIZES = ("linvt_num_layers", "num_video_query_token")  # the tensors say these themselves
 # Stored in released files, read by no formula: query and key of the collapsed self attention stay in the packed tensor.
 UNUSED = tuple(f"linVT.tta_module.layer_linagg.linear_aggregator.{name}." for name in ("wv", "dense"))
 NAMES = Names(unused=UNUSED)
@@ -55,6 +58,11 @@ class LinVTWeights:
     config: LinVTConfig
     tensors: TensorFiles
     names: Names = NAMES
+
+    @property
+    def storage(self) -> str:
+        """The dtype the weights are stored in."""
+        return self.tensors.dtype(QUERIES)
 
 
 def linvt_from_checkpoint(checkpoint: Checkpoint, width: int) -> LinVTWeights | None:
@@ -72,8 +80,9 @@ def linvt_from_file(path: str | os.PathLike[str], checkpoint: Checkpoint, width:
         raise CheckpointError(f"--linvt {path}: expected a safetensors file, a folder of them, or none")
     tensors = TensorFiles.scan(files)
     beside = files[0].parent / "config.json"
+    inherited = {key: value for key, value in checkpoint.config.items() if key not in SIZES}
     config = (
-        checkpoint.config
+        inherited
         | (read_json(beside) if beside.is_file() else {})
         | {key: parsed(value) for key, value in tensors.metadata().items() if key in KEYS}
     )
@@ -89,15 +98,26 @@ def linvt_from_tensors(tensors: TensorFiles, config: Mapping[str, Any], width: i
             "these LinVT weights belong to another LLM"
         )
     layers = {int(found[1]) for name in tensors.files if (found := LAYER.match(name))}
-    fields = {"queries": shape[1], "layers": len(layers)} | {
-        field: config[key] for key, field in KEYS.items() if config.get(key) is not None
-    }
-    if config.get("use_multi_scale") is False:
+    sizes = {"queries": shape[1], "layers": len(layers)}
+    for key in SIZES:
+        if config.get(key) not in (None, sizes[KEYS[key]]):
+            raise CheckpointError(
+                f"config.json field {key} is {config[key]!r}, the LinVT weights hold {sizes[KEYS[key]]}; "
+                "the configuration belongs to other weights"
+            )
+    fields = sizes | {field: config[key] for key, field in KEYS.items() if config.get(key) is not None}
+    if not optional(config, "use_multi_scale", True):
         fields["pool_scales"] = [1]
     try:
-        return LinVTWeights(msgspec.convert(fields | {"width": width}, LinVTConfig), tensors)
+        chosen = msgspec.convert(fields | {"width": width}, LinVTConfig)
     except msgspec.ValidationError as error:
         raise CheckpointError(f"LinVT settings in config.json do not fit: {error}") from error
+    if max(chosen.top_k, chosen.max_frames) > LARGEST or not 0 <= chosen.norm_eps < 1:
+        raise CheckpointError(
+            f"LinVT settings in config.json do not fit: top_k {chosen.top_k} and max_frames {chosen.max_frames} must "
+            f"be at most {LARGEST}, norm_eps {chosen.norm_eps} from 0 to 1"
+        )
+    return LinVTWeights(chosen, tensors)
 
 
 def linvt_keys(config: LinVTConfig) -> dict[str, Any]:

@@ -33,10 +33,11 @@ def transposed(graph: ir.Graph, source: ir.Value, order: tuple[int, ...]) -> ir.
     assert tensor is not None and source.name is not None
     sizes = tensor.shape.numpy()
     shape = ir.Shape([sizes[axis] for axis in order])
+    copy = f"{source.name}.transposed_{'_'.join(map(str, order))}"
+    if copy in graph.initializers:
+        return graph.initializers[copy]
     alone = len(source.uses()) == 1
-    name = source.name if alone else f"{source.name}.transposed"
-    if not alone and name in graph.initializers:
-        return graph.initializers[name]
+    name = source.name if alone else copy
     lazy = ir.LazyTensor(
         functools.partial(transpose_tensor, tensor, order, name), dtype=tensor.dtype, shape=shape, name=name
     )
