@@ -110,15 +110,15 @@ class OrtBackend:
 
 
 def first_session(paths: list[Path], name: str, threads: int | None) -> ort.InferenceSession:
-    """Load the first of several forms of a graph that this ONNX Runtime knows the operators of."""
-    refusals: list[BackendError] = []
+    """Load the first of several forms of a graph whose opset this ONNX Runtime knows."""
     for path in paths:
         try:
             with translated(f"load {path.name}", "export the bundle again, or install a newer onnxruntime"):
                 return create_session(path, name, threads)
         except BackendError as error:
-            refusals.append(error)
-    raise refusals[0]
+            if path == paths[-1] or "opset" not in str(error.__cause__).lower():
+                raise
+    raise AssertionError("a stage has at least one form")
 
 
 def create_session(path: Path, name: str, threads: int | None) -> ort.InferenceSession:

@@ -25,12 +25,20 @@ PROGRAM = "linvt-inspect"
 STAGES = ("vision", "refine", "aggregate", "decode")  # in the order in which a video meets them
 
 
+class Tolerance(msgspec.Struct):
+    """How far the bundle was allowed to be from PyTorch."""
+
+    absolute: float
+    relative: float
+
+
 class Evidence(msgspec.Struct):
     """The fields of ``evidence.json`` that are put into words here."""
 
     bundle: str
     passed: bool
     cases: list[Any]
+    tolerance: Tolerance
     first_departure: str | None = None
 
 
@@ -123,7 +131,8 @@ def evidence_line(bundle: Bundle, evidence: dict[str, Any] | None) -> str:
     if found.bundle != bundle.identity:
         return "of another state of this bundle; compare again"
     verdict = "passed" if found.passed else f"FAILED at {found.first_departure}"
-    return f"{verdict}: {len(found.cases)} cases against PyTorch"
+    allowed = f"{found.tolerance.absolute:g} + {found.tolerance.relative:g} of the largest value"
+    return f"{verdict}: {len(found.cases)} cases against PyTorch, within {allowed}"
 
 
 if __name__ == "__main__":

@@ -75,6 +75,8 @@ class LinVTConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError(f"LinVT width {self.width} does not divide into {self.heads} heads")
         if self.pooled_tokens < 1:
             raise ValueError(f"no pooling scale of {self.pool_scales} fits into top_k {self.top_k}")
+        if not 0 <= self.norm_eps < 1:
+            raise ValueError(f"LinVT norm_eps is {self.norm_eps}, expected at least 0 and below 1")
         if self.positions == "absolute" and min(self.tokens_per_frame, self.max_frames) < 1:
             raise ValueError("absolute positions need tokens_per_frame and max_frames")
 

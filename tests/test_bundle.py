@@ -4,44 +4,16 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 
 import runtime.bundle
 from runtime.bundle import MANIFEST, Bundle
 from runtime.engine import VideoQA
-from runtime.errors import BackendError, BundleError, LinvtError
-from runtime.external_data import external_files
-
-Edit = Callable[[dict[str, Any]], object]
-
-
-def forge(source: Path, target: Path, *, edit: Edit = lambda manifest: None, **files: bytes) -> Path:
-    """A copy of a bundle with an edited manifest and replaced files whose hashes fit; ``__`` is a dot in a name."""
-    shutil.copytree(source, target)
-    manifest = json.loads((target / MANIFEST).read_bytes())
-    for name, data in files.items():
-        path = name.replace("__", ".")
-        (target / path).write_bytes(data)
-        manifest["files"][path] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    edit(manifest)
-    (target / MANIFEST).write_text(json.dumps(manifest))
-    return target
-
-
-def refusal(path: Any, kind: type[LinvtError] = BundleError) -> str:
-    """The one line with which opening, or opening every graph, is refused."""
-    with pytest.raises(kind) as caught, VideoQA.open(path) as qa:
-        for stage in qa.bundle.manifest.stages:
-            qa.backend.graph(stage)
-    message = str(caught.value)
-    assert "\n" not in message and len(message) < 800, message
-    return message
+from runtime.errors import BackendError, BundleError
+from tests.bundles import forge, refusal, replaced
 
 
 @pytest.fixture
@@ -139,18 +111,6 @@ def test_a_file_path_that_leaves_the_bundle(linvt_bundle: Path, tmp_path: Path, 
     spec = {"size": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
     bundle = forge(linvt_bundle, tmp_path / "bundle", edit=lambda manifest: manifest["files"].update({path: spec}))
     assert "leads outside the bundle or has odd characters" in refusal(bundle)
-
-
-def replaced(place: str, value: object) -> Edit:
-    """Puts ``value`` at a dotted place of the manifest."""
-
-    def edit(manifest: dict[str, Any]) -> None:
-        *folders, last = place.split("/")
-        for name in folders:
-            manifest = manifest[name]
-        manifest[last] = value
-
-    return edit
 
 
 WRONG = [
@@ -280,60 +240,7 @@ def test_text_files_that_are_none(linvt_bundle: Path, tmp_path: Path) -> None:
     )
 
 
-# Weights outside the bundle
-
-
-def graph_with_weights_in(location: str, *, inside_a_node: bool = False) -> bytes:
-    """A graph of one tensor that lies elsewhere."""
-    tensor = onnx.TensorProto(name="w", dims=[4], data_type=1, data_location=onnx.TensorProto.EXTERNAL)
-    for key, value in (("location", location), ("offset", "0"), ("length", "16")):
-        tensor.external_data.add(key=key, value=value)
-    output = onnx.helper.make_tensor_value_info("tokens", 1, [4])
-    nodes = [onnx.helper.make_node("Identity", ["w"], ["tokens"])]
-    if inside_a_node:
-        nodes.insert(0, onnx.helper.make_node("Constant", [], ["w"]))
-        nodes[0].attribute.add(name="value", type=onnx.AttributeProto.TENSOR).t.CopyFrom(tensor)
-    graph = onnx.helper.make_graph(nodes, "g", [], [output], [] if inside_a_node else [tensor])
-    data: bytes = onnx.helper.make_model(graph, ir_version=10).SerializeToString()
-    return data
-
-
-@pytest.mark.parametrize("inside_a_node", [False, True])
-@pytest.mark.parametrize("location", ["../secret", "/etc/passwd", "a/../../secret", "unlisted", "*/_ORT_MEM_ADDR_/*"])
-def test_weights_in_a_file_that_is_not_listed(
-    linvt_bundle: Path, tmp_path: Path, location: str, inside_a_node: bool
-) -> None:
-    graph = graph_with_weights_in(location, inside_a_node=inside_a_node)
-    bundle = forge(linvt_bundle, tmp_path / "bundle", vision__onnx=graph)
-    (tmp_path / "secret").write_bytes(bytes(16))
-    (bundle / "unlisted").write_bytes(bytes(16))
-    assert f"vision.onnx keeps weights in {location!r}, which bundle.json does not list" in refusal(bundle)
-
-
-def test_exported_graphs_name_their_own_file(linvt_bundle: Path) -> None:
-    for graph in linvt_bundle.glob("*.onnx"):
-        assert external_files(graph.read_bytes()) == {f"{graph.name}.data"}
-
-
-def test_no_spelling_hides_a_file() -> None:
-    key, value = b"\x0a\x08location", b"\x12\x04evil"
-    odd_length = b"\x0a\x88\x00location"
-    for entry in (key + value, value + key, odd_length + value, key + b"\x0a\x01x" + value, b"\x18\x05" + key + value):
-        tensor = b"\x6a" + bytes([len(entry)]) + entry
-        graph = b"\x2a" + bytes([len(tensor)]) + tensor
-        assert external_files(b"\x3a" + bytes([len(graph)]) + graph) == {"evil"}
-
-
-def test_any_bytes_are_read_or_refused_with_a_value_error(linvt_bundle: Path) -> None:
-    rng = np.random.default_rng()
-    whole = np.frombuffer((linvt_bundle / "refine.onnx").read_bytes()[:3000], np.uint8)
-    for _ in range(50):
-        broken = whole.copy()
-        broken[rng.integers(0, whole.size, 5)] = rng.integers(0, 256, 5)
-        try:
-            external_files(broken.tobytes())
-        except ValueError as error:
-            assert str(error)
+# A bundle that changes while it is open
 
 
 def test_a_bundle_that_is_replaced_while_it_is_open(copied: Path, plain_bundle: Path) -> None:

@@ -8,24 +8,21 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_bundle import forge, replaced
-from videos import write_audio, write_video
 
 import runtime.inspect
 import runtime.run
-from runtime.bundle import Bundle
 from runtime.cli import guarded, printable
 from runtime.errors import VideoError
+from tests.bundles import forge, replaced
+from tests.commands import Captured, refused
+from tests.videos import write_audio, write_video
 
 QUESTION = "What happens?"
 REPOSITORY = Path(__file__).parents[1]
-
-Captured = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(scope="module")
@@ -44,19 +41,6 @@ def asked(linvt_bundle: Path, clip: str) -> list[str]:
 def short_context(linvt_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A bundle whose LLM holds 120 tokens."""
     return str(forge(linvt_bundle, tmp_path_factory.mktemp("short") / "bundle", edit=replaced("context", 120)))
-
-
-def refused(capfd: Captured, arguments: list[str], code: int = 1, main: Callable[..., int] = runtime.run.main) -> str:
-    """The one line on stderr of a command that must fail with nothing on stdout."""
-    capfd.readouterr()
-    try:
-        assert main(arguments) == code
-    except SystemExit as error:
-        assert error.code == code
-    output, line = capfd.readouterr()
-    assert output == ""
-    assert line.startswith("linvt-") and line.endswith("\n") and line.count("\n") == 1 and len(line) < 500, line
-    return line
 
 
 # Answers
@@ -377,54 +361,3 @@ def test_a_signal_ends_it_quietly(asked: list[str], number: int, code: int, line
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (code, line)
-
-
-# What is inside a bundle
-
-
-def test_inspect_shows_what_is_inside(linvt_bundle: Path, plain_bundle: Path, capfd: Captured) -> None:
-    assert runtime.inspect.main([str(linvt_bundle)]) == 0
-    output, errors = capfd.readouterr()
-    assert errors == ""
-    for said in ("internvl2", "top_k=12", "16 by default, 3 to 512", "context 32768", "evidence    none", "past_key.0"):
-        assert said in output
-    places = [output.index(f"\n  {stage} ") for stage in ("vision", "refine", "aggregate", "decode")]
-    assert places == sorted(places)
-    assert runtime.inspect.main([str(plain_bundle)]) == 0
-    assert "none: frame tokens go straight to the LLM" in capfd.readouterr().out
-
-
-def test_inspect_json_is_the_manifest_and_the_evidence(linvt_bundle: Path, capfd: Captured) -> None:
-    assert runtime.inspect.main([str(linvt_bundle), "--json"]) == 0
-    content = json.loads(capfd.readouterr().out)
-    assert content == {"manifest": json.loads((linvt_bundle / "bundle.json").read_bytes()), "evidence": None}
-
-
-def test_inspect_says_what_was_proven(linvt_bundle: Path, tmp_path: Path, capfd: Captured) -> None:
-    bundle = forge(linvt_bundle, tmp_path / "bundle")
-    evidence: dict[str, Any] = {"bundle": Bundle.open(bundle).identity, "passed": True, "cases": [{}, {}]}
-    departed = evidence | {"passed": False, "first_departure": "refine (local)"}
-    for content, said in (
-        (evidence, "passed: 2 cases against PyTorch"),
-        (departed, "FAILED at refine (local): 2 cases"),
-        (evidence | {"bundle": "0"}, "of another state of this bundle; compare again"),
-    ):
-        (bundle / "evidence.json").write_text(json.dumps(content))
-        assert runtime.inspect.main([str(bundle)]) == 0
-        assert said in capfd.readouterr().out
-
-
-@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"bundle": "\xff"}', b'{"a":' * 10**5, b'{"cases": 5}'])
-def test_evidence_that_cannot_be_read(linvt_bundle: Path, tmp_path: Path, capfd: Captured, content: bytes) -> None:
-    bundle = forge(linvt_bundle, tmp_path / "bundle")
-    (bundle / "evidence.json").write_bytes(content)
-    for form in ([], ["--json"]):
-        assert "evidence.json is not readable" in refused(capfd, [str(bundle), *form], main=runtime.inspect.main)
-
-
-def test_inspect_keeps_a_bundles_words_off_the_terminals_controls(
-    linvt_bundle: Path, tmp_path: Path, capfd: Captured
-) -> None:
-    bundle = forge(linvt_bundle, tmp_path / "bundle", edit=replaced("family", "\x1b[31mred\nline"))
-    assert runtime.inspect.main([str(bundle)]) == 0
-    assert "family      \\x1b[31mred\\nline" in capfd.readouterr().out

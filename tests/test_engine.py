@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_bundle import forge, replaced
 from videos import write_video
 
 import runtime.backend_ort
@@ -18,6 +17,7 @@ import runtime.engine
 from runtime import Answer, BackendError, GenerationOptions, LinvtError, OptionError, QuestionError, Video, VideoQA
 from runtime.answer import Stopwatch
 from runtime.backend import Backend, Decoder, Graph, open_backend
+from tests.bundles import forge, replaced
 
 QUESTION = "What happens?"
 Recorded = Callable[[str], dict[str, Any]]
