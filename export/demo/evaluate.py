@@ -1,0 +1,151 @@
+"""Held-out accuracy of the demo model: ``python -m export.demo.evaluate BUNDLE``.
+
+Films scenes of drawings that training never saw, encodes each as an H.264 file, and asks every kind of question about
+it. The bundle answers through the runtime; with ``--torch`` a checkpoint folder answers through PyTorch. Progress goes
+to stderr; stdout gets a table and one JSON line.
+Does not choose between checkpoints: training does that on the validation split.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export.demo.answer import FRAMES, Answer, Watch, watch_with_torch
+from export.demo.glyphs import Glyphs, Split, glyphs
+from export.demo.questions import KINDS, Question, ask
+from export.demo.scenes import Scene, middle_times, random_scene, render
+from export.demo.video import write
+
+__all__ = ["Tally", "film", "main", "measure"]
+
+SECONDS, FPS, SIZE = 4, 20, 256
+SEED = 4051
+
+
+@dataclass
+class Tally:
+    """Answers to one kind of question."""
+
+    asked: int = 0
+    right: int = 0
+    wrong: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def add(self, question: Question, answer: str) -> None:
+        """Count one answer; letter case and a final dot do not matter."""
+        self.asked += 1
+        if plain(answer) == plain(question.answer):
+            self.right += 1
+        else:
+            self.wrong.append((question.text, question.answer, answer))
+
+    @property
+    def share(self) -> float:
+        """Right answers, as a share."""
+        return self.right / max(self.asked, 1)
+
+
+def plain(answer: str) -> str:
+    """An answer as it is compared."""
+    return answer.strip().rstrip(".").lower()
+
+
+def film(scene: Scene, source: Glyphs) -> NDArray[np.uint8]:
+    """A scene as a video of 4 s, 20 fps, 256 x 256: (80, 256, 256, 3)."""
+    return render(scene, source, middle_times(SECONDS * FPS), SIZE)
+
+
+def cases(split: Split, questions: int) -> Iterator[tuple[Scene, list[Question]]]:
+    """Scenes with one question of every kind that still wants some."""
+    left = dict.fromkeys(KINDS, questions)
+    index = 0
+    while any(left.values()):
+        rng = np.random.default_rng([SEED, index])
+        scene = random_scene(rng, glyphs(split))
+        found = [question for kind in KINDS if left[kind] and (question := ask(scene, kind, rng))]
+        for question in found:
+            left[question.kind] -= 1
+        index += 1
+        yield scene, found
+
+
+def measure(watch: Watch, questions: int, split: Split = "test") -> dict[str, Tally]:
+    """Ask ``questions`` of every kind; "describe, per digit" counts the clauses of descriptions."""
+    tallies = {kind: Tally() for kind in (*KINDS, "describe, per digit")}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "scene.mp4"
+        for number, (scene, found) in enumerate(cases(split, questions), 1):
+            write(path, film(scene, glyphs(split)), fps=FPS)
+            answer = watch(path)
+            for question in found:
+                told = answer(question.text)
+                tallies[question.kind].add(question, told)
+                if question.kind == "describe":
+                    add_clauses(tallies["describe, per digit"], question, told)
+            if number % 20 == 0:
+                sys.stderr.write(f"{number} videos\n")
+    return tallies
+
+
+def add_clauses(tally: Tally, question: Question, answer: str) -> None:
+    """Every true clause counts as a question of its own."""
+    given = plain(answer).split(", ")
+    for clause in question.answer.split(", "):
+        found = clause if clause in given else answer
+        tally.add(Question(question.kind, question.text, clause), found)
+
+
+def watch_with_bundle(folder: Path, stack: ExitStack, frames: int) -> Watch:
+    """Open a bundle through the runtime; ``stack`` closes it."""
+    from runtime import VideoQA
+
+    opened = stack.enter_context(VideoQA.open(folder))
+
+    def watch(path: Path) -> Answer:
+        video = opened.video(path, frames=frames)
+        return lambda question: opened.ask(video, question).text
+
+    return watch
+
+
+def table(tallies: dict[str, Tally], errors: int) -> str:
+    """Lines of kind, share, counts, and some wrong answers."""
+    lines = []
+    for kind, tally in tallies.items():
+        lines.append(f"{kind:20} {tally.share:6.1%}  {tally.right}/{tally.asked}")
+        lines += [f"    {text} | {truth} | {told}" for text, truth, told in tally.wrong[:errors]]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(prog="python -m export.demo.evaluate", description="Held-out accuracy.")
+    parser.add_argument("folder", type=Path, help="bundle, or with --torch a checkpoint folder")
+    parser.add_argument("--questions", type=int, default=200, help="questions of every kind")
+    parser.add_argument("--frames", type=int, default=FRAMES, help="frames taken from every video")
+    parser.add_argument("--split", choices=("validation", "test"), default="test")
+    parser.add_argument("--torch", action="store_true", help="answer with PyTorch from a checkpoint folder")
+    parser.add_argument("--errors", type=int, default=0, help="wrong answers to show per kind")
+    given = parser.parse_args(arguments)
+    with ExitStack() as stack:
+        if given.torch:
+            watch = watch_with_torch(given.folder, given.frames)
+        else:
+            watch = watch_with_bundle(given.folder, stack, given.frames)
+        tallies = measure(watch, given.questions, given.split)
+    sys.stdout.write(table(tallies, given.errors) + "\n")
+    summary = {kind: {"right": tally.right, "asked": tally.asked} for kind, tally in tallies.items()}
+    sys.stdout.write(json.dumps({"split": given.split, "frames": given.frames, **summary}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
