@@ -12,6 +12,10 @@ from runtime.errors import DependencyError
 __all__ = ["add_export_options", "export", "main"]
 
 PROGRAM = "linvt-export"
+REQUIRED = (
+    *("torch", "onnx", "onnx_ir", "onnxscript", "ml_dtypes"),
+    *("huggingface_hub", "safetensors", "tqdm", "transformers"),
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -73,7 +77,7 @@ def require_extra() -> None:
     """Say which extra is missing before anything fails for it."""
     import importlib.util
 
-    for package in ("torch", "onnx", "onnxscript", "safetensors", "tqdm", "transformers"):
+    for package in REQUIRED:
         if importlib.util.find_spec(package) is None:
             raise DependencyError(f"{package} is not installed; run: pip install 'linvt-edge[export]'")
 

@@ -91,13 +91,21 @@ class Comparer:
     def refine_rows(self, expected: Seen, chain: Seen) -> list[Row]:
         """SVR: scores, what was selected, and the pooled values for the bundle's own selection."""
         reference = self.reference.refine(expected.tokens)
-        rows = []
+        rows: list[Row] = []
+        assert self.reference.linvt
         for scope, tokens in ((REFERENCE, expected.tokens), (CHAIN, chain.tokens)):
             found = self.graph("refine", tokens=tokens)
             pooled = self.reference.pool_at(expected.tokens, found["indices"])
             rows += [
                 value_row("refine", "scores", scope, found["scores"], reference.scores, self.tolerance),
-                selection_row(scope, found["indices"][0], reference.indices[0], reference.scores[0], self.tolerance),
+                selection_row(
+                    scope,
+                    found["indices"][0],
+                    reference.indices[0],
+                    reference.scores[0],
+                    self.tolerance,
+                    in_video_order=self.reference.linvt.config.order == "position",
+                ),
                 value_row("refine", "visual", scope, found["visual"], pooled, self.tolerance),
             ]
         return rows
@@ -127,11 +135,11 @@ class Comparer:
     def answer_rows(self, embeds: tuple[Floats, Floats], rows: list[Row]) -> tuple[str, str]:
         """The LLM: logits after the prompt, and greedy answers; returns the bundle's answer and the reference's."""
         logits = self.reference.logits(embeds[0])
-        wanted, gaps = self.reference.greedy(embeds[0], self.count)
+        wanted, steps = self.reference.greedy(embeds[0], self.count)
         for scope, side in zip((REFERENCE, CHAIN), embeds, strict=True):
             first, found = self.greedy(side)
             rows.append(value_row("decode", "logits", scope, first, logits, self.tolerance))
-            rows.append(greedy_row(scope, found, wanted, gaps, 2 * self.tolerance.limit(logits)))
+            rows.append(greedy_row(scope, found, wanted, steps, 2 * self.tolerance.limit(logits)))
         decode = self.qa.prompts.tokenizer.decode
         return decode(found), decode(wanted)
 

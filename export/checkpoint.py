@@ -65,6 +65,11 @@ class TensorFiles:
     def file(self, name: str) -> Path:
         """The file that holds ``name``."""
         if name not in self.files:
+            if any(".lora_A." in known for known in self.files):
+                raise CheckpointError(
+                    f"tensor {name} is missing: the checkpoint holds unmerged LoRA weights; merge them first (peft's "
+                    "merge_and_unload) and save the whole model"
+                )
             raise CheckpointError(
                 f"tensor {name} is missing among {len(self.files)} tensors; "
                 "the checkpoint is incomplete or of another model"

@@ -10,13 +10,16 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from export.__main__ import require_extra
-from export.evidence import Case, Comparison, write_evidence
-from export.parity import Tolerance
 from runtime.backend import BACKENDS
 from runtime.cli import Parser, ascii_json, guarded, printable
 from runtime.errors import OptionError
+
+if TYPE_CHECKING:
+    from export.evidence import Case, Comparison
+    from runtime.manifest import FrameSpec
 
 __all__ = ["compare", "main"]
 
@@ -48,6 +51,8 @@ def compare(arguments: argparse.Namespace) -> int:
     """Compare, print, write the evidence."""
     require_extra()
     from export.cases import Comparer, moving_shapes
+    from export.evidence import Comparison, write_evidence
+    from export.parity import Tolerance
     from export.reference import Reference
     from runtime.engine import VideoQA
 
@@ -58,13 +63,13 @@ def compare(arguments: argparse.Namespace) -> int:
         reference.check_same_model(qa.bundle.manifest)
         tolerance = Tolerance(arguments.atol, arguments.rtol)
         comparer = Comparer(qa, reference, tolerance, arguments.tokens)
-        spec = qa.bundle.manifest.frames
-        frames = spec.default if arguments.frames is None else min(max(arguments.frames, 1), spec.maximum)
+        frames = frame_count(arguments.frames, qa.bundle.manifest.frames)
         videos = arguments.video or [moving_shapes(frames, arguments.seed)]
+        chosen = arguments.frames if arguments.video else None  # the shapes are as many as asked for: all are taken
         cases = []
         for video in videos:
             for question in arguments.question or [QUESTION]:
-                cases.append(comparer.case(video, question, arguments.frames))
+                cases.append(comparer.case(video, question, chosen))
                 if not arguments.json:
                     print("\n".join(map(printable, table(cases[-1]))), flush=True)
         comparison = Comparison(qa.bundle.identity, reference.fingerprint, qa.backend.name, tolerance, tuple(cases))
@@ -83,6 +88,15 @@ def check_numbers(arguments: argparse.Namespace) -> None:
         raise OptionError("--tokens must be at least 1, --seed at least 0")
     if not (arguments.atol >= 0 and arguments.rtol >= 0):  # NaN is no tolerance
         raise OptionError("--atol and --rtol must be at least 0")
+
+
+def frame_count(asked: int | None, spec: FrameSpec) -> int:
+    """How many frames to compare."""
+    if asked is None:
+        return spec.default
+    if not spec.minimum <= asked <= spec.maximum:
+        raise OptionError(f"--frames {asked} is outside what the bundle takes: {spec.minimum} to {spec.maximum}")
+    return asked
 
 
 def table(case: Case) -> Iterator[str]:

@@ -253,6 +253,8 @@ def write_text(
     tokenizer = tokenizer_from_checkpoint(checkpoint, facts)
     (draft / TOKENIZER).write_text(tokenizer.to_str(pretty=True), "utf-8")
     layout = options.layout if weights else "frames"
+    if layout not in facts.templates:
+        raise OptionError(f"--layout {layout}: {backbone.family} has the layouts {', '.join(facts.templates)}")
     (draft / TEMPLATE).write_text(facts.templates[layout], "utf-8")
     return PromptSpec(
         system=facts.system,

@@ -167,7 +167,7 @@ class Decoder(nn.Module):
 
         ``key_mask`` (B, S) bool is False on padded rows.
         """
-        rows = torch.arange(inputs_embeds.shape[1])
+        rows = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
         mask = (rows[:, None] >= rows)[None, None]  # (1, 1, S, S)
         if key_mask is not None:
             mask = mask & key_mask[:, None, None]
@@ -180,8 +180,9 @@ class Decoder(nn.Module):
         Row s goes to cache slot ``write_index + s`` and sees the slots up to its own. The second result
         alternates key and value of every layer, each (B, heads_kv, P, head_dim).
         """
-        slots = torch.arange(caches[0].key.shape[2])
-        rows = caches[0].write_index[:, None] + torch.arange(inputs_embeds.shape[1])  # (B, S)
+        device = inputs_embeds.device
+        slots = torch.arange(caches[0].key.shape[2], device=device)
+        rows = caches[0].write_index[:, None] + torch.arange(inputs_embeds.shape[1], device=device)  # (B, S)
         mask = (slots <= rows[..., None])[:, None]  # (B, 1, S, P)
         states, present = self.run(inputs_embeds, position_ids, mask, caches)
         return self.lm_head(self.model.norm(states[:, -1:]))[:, 0], present

@@ -80,7 +80,7 @@ def scatter_rows(past: Tensor, new: Tensor, write_index: Tensor) -> Tensor:
             version=24,
         )
         return scattered
-    slots = torch.arange(new.shape[2]) + write_index[:, None]  # (B, S)
+    slots = torch.arange(new.shape[2], device=new.device) + write_index[:, None]  # (B, S)
     return past.scatter(2, slots[:, None, :, None].expand_as(new), new)
 
 

@@ -84,22 +84,33 @@ def cosine(found: Floats, reference: Floats) -> float:
 
 
 def selection_row(
-    scope: str, found: NDArray[np.int64], reference: NDArray[np.int64], scores: Floats, tolerance: Tolerance
+    scope: str,
+    found: NDArray[np.int64],
+    reference: NDArray[np.int64],
+    scores: Floats,
+    tolerance: Tolerance,
+    *,
+    in_video_order: bool = False,
 ) -> Row:
-    """Compare selections (k,) by what they are worth under the reference's ``scores`` (T * N,).
+    """Compare selections (k,) by what they are worth under the reference's ``scores`` (T * N,), place by place.
 
     Tokens whose scores are closer than the noise may change places; a token may not be passed over for a worse one.
+    Selections that stand in the order of the video have to be ascending, and are compared best first.
     """
-    worth = np.sort(scores[found])[::-1], np.sort(scores[reference])[::-1]
+    if in_video_order and not (np.diff(found) > 0).all():
+        return Row("refine", "indices", scope, math.inf, math.inf, 0.0, 0.0, False, "not in the order of the video")
+    worth = scores[found], scores[reference]
+    if in_video_order:
+        worth = np.sort(worth[0])[::-1], np.sort(worth[1])[::-1]
     row = value_row("refine", "indices", scope, *worth, tolerance)
     overlap = len(np.intersect1d(found, reference)) / len(reference)
     order = "same order" if np.array_equal(found, reference) else "another order"
     return Row(**{**vars(row), "note": f"overlap {overlap:.1%}, {order}"})
 
 
-def greedy_row(scope: str, found: list[int], reference: list[int], gaps: list[float], limit: float) -> Row:
-    """Compare greedy answers; where they part, the reference's best two logits must be a tie within ``limit``."""
+def greedy_row(scope: str, found: list[int], reference: list[int], logits: list[Floats], limit: float) -> Row:
+    """Compare greedy answers; where they part, the reference's ``logits`` must be a tie of the two tokens."""
     same = next((i for i, (a, b) in enumerate(zip(found, reference, strict=True)) if a != b), len(reference))
-    gap = gaps[same] if same < len(reference) else 0.0
+    gap = float(logits[same].max() - logits[same][found[same]]) if same < len(reference) else 0.0
     note = f"{same} of {len(reference)} tokens agree" + (f", then a gap of {gap:.2g}" if gap else "")
     return Row("decode", "answer", scope, gap, 0.0, 1.0, limit, gap <= limit, note)

@@ -128,17 +128,15 @@ class Reference:
         rows = torch.from_numpy(embeds)[None]
         return array(self.decoder(rows, torch.arange(rows.shape[1])[None])[0, -1])
 
-    def greedy(self, embeds: Floats, count: int) -> tuple[list[int], list[float]]:
-        """``count`` greedy tokens and the gap between the best two logits at each, without a KV cache."""
+    def greedy(self, embeds: Floats, count: int) -> tuple[list[int], list[Floats]]:
+        """``count`` greedy tokens and the logits (V,) each was taken from, without a KV cache."""
         ids: list[int] = []
-        gaps: list[float] = []
+        steps: list[Floats] = []
         for _ in range(count):
-            logits = self.logits(embeds)
-            second, first = np.sort(logits)[-2:]
-            ids.append(int(logits.argmax()))
-            gaps.append(float(first - second))
+            steps.append(self.logits(embeds))
+            ids.append(int(steps[-1].argmax()))
             embeds = np.concatenate([embeds, self.embed(np.array(ids[-1:]))])
-        return ids, gaps
+        return ids, steps
 
 
 def array(tensor: Tensor) -> Floats:

@@ -34,6 +34,7 @@ class Stage:
 
     Attributes:
         axes: the free axes of every input, by index, with (name, least, most).
+        named_inputs: inputs that are arguments of their own; the module takes those behind them as ``*rest``.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Stage:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     axes: tuple[dict[int, tuple[str, int, int]], ...]
+    named_inputs: int = 3
 
 
 class Vision(nn.Module):

@@ -58,9 +58,8 @@ def dynamic_shapes(stage: Stage) -> tuple[Any, ...]:
         for name, least, most in axes.values():
             dims.setdefault(name, Dim(name, min=least, max=most))
         shapes.append({axis: dims[name] for axis, (name, _, _) in axes.items()})
-    if stage.name != "decode":
-        return tuple(shapes)
-    return (*shapes[:3], tuple(shapes[3:]))
+    flat = stage.named_inputs
+    return (*shapes[:flat], tuple(shapes[flat:])) if flat < len(shapes) else tuple(shapes)
 
 
 def drop_traces(model: ir.Model) -> None:

@@ -47,7 +47,7 @@ def choose_provider(name: BackendName) -> str:
     if PROVIDERS[name] not in available:
         raise BackendError(
             f"backend {name!r} needs ONNX Runtime's {PROVIDERS[name]}, found {', '.join(available)}; "
-            "install 'linvt-edge[cuda]' in an environment of its own or use --backend cpu"
+            "replace onnxruntime by onnxruntime-gpu as README says, or use --backend cpu"
         )
     return name
 
@@ -213,8 +213,7 @@ class OrtDecoder:
 
     def grow(self, room: int) -> None:
         """Move to a cache of ``room`` tokens, at most the capacity; one tensor is held twice at a time."""
-        self.room = min(room, self.capacity)
-        self.room = -(-self.room // CACHE_BLOCK) * CACHE_BLOCK
+        self.room = min(-(-room // CACHE_BLOCK) * CACHE_BLOCK, self.capacity)
         with translated(f"allocate a KV cache of {self.room} tokens", "use fewer frames or tokens"):
             for name, value in self.cache.items():
                 array = np.zeros((*self.shape[:2], self.room, self.shape[2]), np.float32)

@@ -80,9 +80,11 @@ def complain(program: str, message: str, code: int) -> int:
     return code
 
 
-def printable(text: str) -> str:
-    """One line that a terminal shows as it is: nothing in it moves the cursor or changes colours."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+def printable(text: str, kept: str = "") -> str:
+    """Text that a terminal shows as it is: nothing but the ``kept`` characters moves the cursor or changes colours."""
+    return "".join(
+        char if char.isprintable() or char in kept else char.encode("unicode_escape").decode() for char in text
+    )
 
 
 def ascii_json(content: Any) -> str:

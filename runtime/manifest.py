@@ -155,8 +155,9 @@ def check_linvt(linvt: LinVTConfig, width: int, frames: FrameSpec) -> None:
     least = linvt.min_frames(frames.tokens)
     if frames.minimum < least:
         raise ValueError(f"LinVT's top_k {linvt.top_k} needs at least {least} frames, the minimum is {frames.minimum}")
-    if linvt.positions == "absolute" and (linvt.tokens_per_frame, linvt.max_frames) < (frames.tokens, frames.maximum):
-        raise ValueError("LinVT has fewer positions than frames or tokens per frame")
+    fits_positions = linvt.tokens_per_frame == frames.tokens and linvt.max_frames >= frames.maximum
+    if linvt.positions == "absolute" and not fits_positions:
+        raise ValueError("LinVT's positions are not those of the frames and the tokens per frame")
 
 
 def check_stages(manifest: Manifest) -> None:

@@ -126,7 +126,7 @@ def print_answer(qa: VideoQA, video: Video, question: str, config: RunConfig) ->
         print(json_text(stream.answer, video, qa.backend.name))
         return stream.answer
     for piece in stream:
-        print(piece, end="", flush=True)
+        print(printable(piece, kept="\n\t"), end="", flush=True)
     print(flush=True)
     return stream.answer
 

@@ -238,12 +238,24 @@ def test_a_token_kept_twice_is_a_departure() -> None:
     assert not selection_row("chain", np.array([0, 0]), np.array([0, 1]), scores, Tolerance()).passed
 
 
+def test_the_order_of_a_selection_counts() -> None:
+    scores = np.array([1.0, 3.0, 2.0], np.float32)
+    best_first, in_time = np.array([1, 2]), np.array([1, 2])
+    assert not selection_row("chain", best_first[::-1], best_first, scores, Tolerance()).passed
+    assert not selection_row("chain", in_time[::-1], in_time, scores, Tolerance(), in_video_order=True).passed
+    assert selection_row("chain", in_time, in_time, scores, Tolerance(), in_video_order=True).passed
+
+
 def test_answers_may_part_only_where_the_best_two_tie() -> None:
-    assert greedy_row("chain", [1, 2, 3], [1, 2, 3], [0.0, 0.0, 0.0], 0.1).passed
-    tie = greedy_row("chain", [1, 5, 9], [1, 2, 3], [1.0, 0.05, 1.0], 0.1)
+    def logits(*gaps: float) -> list[np.ndarray]:
+        """Steps in which token 5 is so far behind the best, and every other token further."""
+        return [np.array([-9, 0, 0, 0, -9, -gap, -9, -9, -9, -9], np.float32) for gap in gaps]
+
+    assert greedy_row("chain", [1, 2, 3], [1, 2, 3], logits(0, 0, 0), 0.1).passed
+    tie = greedy_row("chain", [1, 5, 9], [1, 2, 3], logits(1, 0.05, 1), 0.1)
     assert tie.passed and tie.note == "1 of 3 tokens agree, then a gap of 0.05"
-    assert not greedy_row("chain", [1, 5, 9], [1, 2, 3], [1.0, 0.5, 1.0], 0.1).passed
-    assert not greedy_row("chain", [5], [2], [float("nan")], 0.1).passed
+    assert not greedy_row("chain", [1, 5, 9], [1, 2, 3], logits(1, 0.5, 1), 0.1).passed
+    assert not greedy_row("chain", [5], [2], logits(float("nan")), 0.1).passed
 
 
 def test_nan_and_other_shapes_never_pass() -> None:

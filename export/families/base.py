@@ -46,7 +46,8 @@ class PromptFacts:
     Attributes:
         system: the system text a conversation starts with.
         templates: jinja2 chat templates by layout; "video" (LinVT's rows) and "frames" (no LinVT: every frame's
-            tokens) must be there. They see ``messages``, ``system``, ``visual_token``, ``frames`` and ``tokens``.
+            tokens) must be there, "training" where LinVT's training data stood otherwise in the prompt.
+            They see ``messages``, ``system``, ``visual_token``, ``frames`` and ``tokens``.
         visual_token: the placeholder whose embedding rows are replaced.
         end_token: ends an answer.
         reserved: control tokens that a question may not contain.

@@ -27,7 +27,7 @@ __all__ = ["LinVTWeights", "linvt_from_checkpoint", "linvt_from_file", "linvt_ke
 
 QUERIES = "query_tokens"
 LAYER = re.compile(r"linVT\.svt_module\.attention_network\.layers\.(\d+)\.")
-# Key of config.json -> field of LinVTConfig. The first four are ours for what the released code fixes.
+# Key of config.json -> field of LinVTConfig. num_video_query_token is published; the others are ours.
 KEYS = {
     "linvt_num_heads": "heads",
     "linvt_num_layers": "layers",
@@ -112,7 +112,7 @@ def linvt_from_tensors(tensors: TensorFiles, config: Mapping[str, Any], width: i
         chosen = msgspec.convert(fields | {"width": width}, LinVTConfig)
     except msgspec.ValidationError as error:
         raise CheckpointError(f"LinVT settings in config.json do not fit: {error}") from error
-    if max(chosen.top_k, chosen.max_frames) > LARGEST or not 0 <= chosen.norm_eps < 1:
+    if max(chosen.top_k, chosen.max_frames) > LARGEST:
         raise CheckpointError(
             f"LinVT settings in config.json do not fit: top_k {chosen.top_k} and max_frames {chosen.max_frames} must "
             f"be at most {LARGEST}, norm_eps {chosen.norm_eps} from 0 to 1"

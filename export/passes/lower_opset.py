@@ -1,5 +1,7 @@
 """The same graph for engines that know opset 23 and not 24 (ONNX Runtime 1.23, the last for Python 3.10).
 
+ONNX Runtime 1.23.0 computes the decode graph wrongly (logits off by several units); 1.23.1 and later do not.
+
 Requires: opset 24. Ensures: opset 23; every TensorScatter is a ScatterElements at explicit rows. All other operators
 the exporter emits mean the same in both opsets, so nothing else changes and weights can be shared.
 """
