@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -19,6 +22,21 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep the memory of checked bundles out of the user's home."""
     patch = pytest.MonkeyPatch()
     patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """A fresh seed for every test, shown when it fails; LINVT_TEST_SEED repeats one."""
+    value = int(os.environ.get("LINVT_TEST_SEED") or secrets.randbits(32))
+    print(f"LINVT_TEST_SEED={value}")
+    torch.manual_seed(value)
+    return value
+
+
+@pytest.fixture
+def random(seed: int) -> np.random.Generator:
+    """NumPy's generator with the test's seed."""
+    return np.random.default_rng(seed)
 
 
 @pytest.fixture(scope="session")

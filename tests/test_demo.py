@@ -63,9 +63,8 @@ def test_the_shipped_checkpoint_is_the_bundle_s(capsys: pytest.CaptureFixture[st
     assert "agrees with PyTorch" in capsys.readouterr().out
 
 
-def test_it_answers_most_questions_about_drawings_it_never_saw() -> None:
+def test_it_answers_most_questions_about_drawings_it_never_saw(random: np.random.Generator) -> None:
     """A small sample of what ``export.demo.evaluate`` measures; chance is below a third."""
-    random = np.random.default_rng()
     right = asked = 0
     with VideoQA.open("demo") as qa:
         for _ in range(SCENES):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from export.ops import gather_pool as torch_gather_pool
@@ -14,6 +17,7 @@ from kernels.function import function_body
 from kernels.spec import DOMAIN, NAME, VERSION, gather_pool, pooled_length
 
 OPSET = 24
+Array = NDArray[Any]
 CASES = [  # batch, rows, width, k, scales
     (1, 96, 64, 24, (1, 2, 4)),
     (1, 40, 7, 26, (1, 2, 4)),
@@ -24,8 +28,7 @@ CASES = [  # batch, rows, width, k, scales
 ]
 
 
-def random_case(batch: int, rows: int, width: int, k: int) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
-    random = np.random.default_rng()
+def random_case(random: np.random.Generator, batch: int, rows: int, width: int, k: int) -> tuple[Array, Array]:
     tokens = random.normal(size=(batch, rows, width)).astype(np.float32)
     return tokens, random.integers(0, rows, (batch, k))  # repeats are allowed
 
@@ -50,9 +53,9 @@ def model_of(k: int, scales: tuple[int, ...]) -> bytes:
 
 @pytest.mark.parametrize(("batch", "rows", "width", "k", "scales"), CASES)
 def test_function_body_and_torch_equal_the_oracle(
-    batch: int, rows: int, width: int, k: int, scales: tuple[int, ...]
+    batch: int, rows: int, width: int, k: int, scales: tuple[int, ...], random: np.random.Generator
 ) -> None:
-    tokens, indices = random_case(batch, rows, width, k)
+    tokens, indices = random_case(random, batch, rows, width, k)
     expected = gather_pool(tokens, indices, scales)
     assert expected.shape == (batch, pooled_length(k, scales), width)
     torch_pooled = torch_gather_pool(torch.from_numpy(tokens), torch.from_numpy(indices), scales)
@@ -63,8 +66,8 @@ def test_function_body_and_torch_equal_the_oracle(
     np.testing.assert_allclose(pooled, expected, atol=1e-6)
 
 
-def test_the_first_scale_is_the_gather_itself() -> None:
-    tokens, indices = random_case(2, 30, 8, 9)
+def test_the_first_scale_is_the_gather_itself(random: np.random.Generator) -> None:
+    tokens, indices = random_case(random, 2, 30, 8, 9)
     pooled = gather_pool(tokens, indices, (1, 2))
     np.testing.assert_array_equal(pooled[:, :9], np.take_along_axis(tokens, indices[..., None], 1))
 

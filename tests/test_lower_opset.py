@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from numpy.typing import NDArray
 
 from export.passes.lower_opset import OPSET
 from runtime import GenerationOptions, VideoQA, backend_ort
@@ -17,8 +19,7 @@ from tests.conftest import Recorded
 STAGES = ["vision", "refine", "aggregate", "decode"]
 
 
-def random_feeds(session: ort.InferenceSession) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
-    random = np.random.default_rng()
+def random_feeds(session: ort.InferenceSession, random: np.random.Generator) -> dict[str, NDArray[Any]]:
     free = {"frames": 5, "text": 7, "sequence": 6, "capacity": 40}
     feeds = {
         value.name: random.normal(size=[free.get(axis, axis) for axis in value.shape]).astype(np.float32)
@@ -32,7 +33,7 @@ def random_feeds(session: ort.InferenceSession) -> dict[str, np.ndarray]:  # typ
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_lowered_graphs_say_the_same(stage: str, linvt_bundle: Path) -> None:
+def test_lowered_graphs_say_the_same(stage: str, linvt_bundle: Path, random: np.random.Generator) -> None:
     path = linvt_bundle / f"{stage}.opset{OPSET}.onnx"
     model = onnx.load(path)
     onnx.checker.check_model(path, full_check=True)
@@ -40,7 +41,7 @@ def test_lowered_graphs_say_the_same(stage: str, linvt_bundle: Path) -> None:
     assert "TensorScatter" not in {node.op_type for node in model.graph.node}
     newer = ort.InferenceSession(linvt_bundle / f"{stage}.onnx", providers=["CPUExecutionProvider"])
     older = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
-    feeds = random_feeds(newer)
+    feeds = random_feeds(newer, random)
     expected, found = newer.run(None, feeds), older.run(None, feeds)
     assert [value.name for value in newer.get_outputs()] == [value.name for value in older.get_outputs()]
     for wanted, got in zip(expected, found, strict=True):

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import BinaryIO
 
 import numpy as np
+from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 from runtime.errors import VideoError
@@ -35,6 +36,7 @@ class ContainerSource:
         self._source = source
         self._name = source.name if isinstance(source, Path) else "the video"
         self._timeline: Timeline | None = None
+        self._converter = VideoReformatter()
 
     def __enter__(self) -> ContainerSource:
         with self._file() as file, translated(self._name):
@@ -75,7 +77,7 @@ class ContainerSource:
         with translated(self._name):
             frame = reader.frame_at(int(timeline.keys[index]))
             if frame is not None:
-                return rgb_from_frame(frame)
+                return rgb_from_frame(frame, self._converter)
         raise VideoError(
             f"{self._name}: the frame at {timeline.seconds[index]:.3f} s cannot be decoded, "
             "the file is damaged there; copy it again or choose another range"

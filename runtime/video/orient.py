@@ -13,13 +13,17 @@ from __future__ import annotations
 import av
 import numpy as np
 from av.sidedata.sidedata import SideData
+from av.video.reformatter import VideoReformatter
 
 from runtime.video.source import Frame
 
 
-def rgb_from_frame(frame: av.VideoFrame) -> Frame:
-    """-> (H, W, 3) uint8 RGB as a player would show it, contiguous, read-only."""
-    rgb = frame.to_ndarray(format="rgb24")
+def rgb_from_frame(frame: av.VideoFrame, converter: VideoReformatter) -> Frame:
+    """-> (H, W, 3) uint8 RGB as a player would show it, contiguous, read-only.
+
+    ``converter`` serves all frames of a video: a new one starts threads, which costs more than a small frame.
+    """
+    rgb = converter.reformat(frame, format="rgb24").to_ndarray()
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if isinstance(matrix, SideData):
         a, b, _, c, d, *_ = np.frombuffer(bytes(matrix), dtype=np.int32).tolist()
