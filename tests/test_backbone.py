@@ -49,6 +49,8 @@ def test_vision_reproduces_every_recorded_stage(name: str, recorded: Load) -> No
         embedded = tower.embeddings(pixel_values)
         assert largest(embedded, arrays["vision_embeddings"]) < 1e-4
         assert largest(tower.encoder.layers[0](embedded), arrays["vision_layer0"]) < 1e-4
+        classes = tower.encoder(embedded)[:, 0]
+        assert largest(classes, arrays["vision_cls"]) < 1e-4
         features = tower(pixel_values)
         assert largest(features, arrays["vision_features"]) < 1e-4
         assert largest(pixel_shuffle(features, 2), arrays["pixel_shuffled"]) < 1e-4

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from export.linvt import LinVT, LinVTConfig, paper
+from export.linvt.svr import over_frames, over_positions
 from tests.conftest import GOLDEN, Recorded
 
 Load = Callable[[str], Recorded]
@@ -56,18 +57,42 @@ def test_every_recorded_stage_is_reproduced(name: str, recorded: Load) -> None:
     arrays, linvt = recorded(name), module_of(name)
     visual, text = tensors(arrays, "visual_tokens", "text_embeddings")
     with torch.no_grad():
-        layer = linvt.svr.attention_network.layers[0]
-        assert largest(layer(visual), arrays["svr_layer0_out"]) < 1e-4
+        refined = visual
+        for index, layer in enumerate(linvt.svr.attention_network.layers):
+            refined = layer(refined)
+            assert largest(refined, arrays[f"svr_layer{index}_out"]) < 1e-4
         assert largest(linvt.svr.attend(visual), arrays["svr_attention_out"]) < 1e-4
         selection = linvt.svr(visual)
         assert largest(selection.scores, arrays["scores"]) < 1e-4
         np.testing.assert_array_equal(selection.indices.numpy(), arrays["topk_indices"])
         assert largest(selection.visual, arrays["pooled_tokens"]) < 1e-4
+        scales = np.concatenate([arrays[f"pooled_scale{scale}"] for scale in (1, 2, 4)], axis=1)
+        assert largest(selection.visual, scales) < 1e-4
         query = linvt.query_tokens
         for index, layer in enumerate(linvt.tta.layers_vt):
             query = layer(query, selection.visual, text, None)
             assert largest(query, arrays[f"tta_layer{index}_query"]) < 1e-4
         assert largest(linvt(visual, text), arrays["final_output"]) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["linvt-a", "linvt-c"])
+def test_every_attention_inside_a_layer_is_the_recorded_one(name: str, recorded: Load) -> None:
+    arrays, linvt = recorded(name), module_of(name)
+    visual, text = tensors(arrays, "visual_tokens", "text_embeddings")
+    with torch.no_grad():
+        layer = linvt.svr.attention_network.layers[0]
+        first = over_frames(layer.spatial_attention, visual)
+        assert largest(first[0], arrays["svr_layer0_first_mha_raw"]) < 1e-4
+        second = over_positions(layer.temporal_attention, first)
+        assert largest(second[0].transpose(0, 1), arrays["svr_layer0_second_mha_raw"]) < 1e-4
+        pooled = linvt.svr(visual).visual
+        query = linvt.query_tokens
+        for index, layer in enumerate(linvt.tta.layers_vt):
+            after_self = layer.norm_self(query + layer.self_attention(query))
+            assert largest(after_self, arrays[f"tta_layer{index}_after_self"]) < 1e-4
+            after_visual = layer.norm_cross_v(after_self + layer.visual_cross_attention(after_self, pooled))
+            assert largest(after_visual, arrays[f"tta_layer{index}_after_visual_cross"]) < 1e-4
+            query = layer(query, pooled, text, None)
 
 
 @pytest.mark.parametrize("name", ["linvt-a", "linvt-c"])
