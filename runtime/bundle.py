@@ -93,8 +93,9 @@ def read_manifest(folder: Path) -> bytes:
     source = folder / MANIFEST
     with readable(source):
         if not source.exists():
+            found = f"it has no {MANIFEST}" if os.path.lexists(folder) else "there is no such folder"
             raise BundleError(
-                f"{folder} is not a bundle: it has no {MANIFEST}; make one with 'python -m export CHECKPOINT -o BUNDLE'"
+                f"{folder} is not a bundle: {found}; make one with 'python -m export CHECKPOINT -o BUNDLE'"
             )
         if not source.is_file() or source.stat().st_size > MAX_MANIFEST_BYTES:
             raise BundleError(

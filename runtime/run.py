@@ -52,7 +52,7 @@ def parse(argv: list[str] | None) -> RunConfig:
     add_backend_options(parser)
     arguments = parser.parse_args(argv)
     if arguments.video is not None and arguments.question is None:
-        parser.error("a VIDEO needs a QUESTION")
+        parser.error("a VIDEO needs a QUESTION, as in: BUNDLE VIDEO QUESTION, where BUNDLE may be demo")
     if arguments.video is None and arguments.bundle != DEMO:
         parser.error("a BUNDLE needs a VIDEO and a QUESTION")
     if arguments.question is not None:

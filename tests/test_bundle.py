@@ -47,8 +47,9 @@ def test_it_opens(linvt_bundle: Path) -> None:
 def test_other_folders_and_files_are_no_bundles(linvt_bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "loop").symlink_to("loop")
-    for path in (tmp_path, tmp_path / "file", tmp_path / "nowhere", linvt_bundle / MANIFEST, tmp_path / "loop"):
+    for path in (tmp_path, tmp_path / "file", linvt_bundle / MANIFEST, tmp_path / "loop"):
         assert "is not a bundle: it has no bundle.json" in refusal(path)
+    assert "is not a bundle: there is no such folder" in refusal(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("path", ["", None, 7, b"bundle", "a\0b"])

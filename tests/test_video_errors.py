@@ -187,3 +187,12 @@ def _png() -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), (255, 0, 0)).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".nfo", ".ans", ".mp4", ".log"])
+def test_text_is_no_video_whatever_its_name(tmp_path: Path, suffix: str) -> None:
+    """Of some names, ffmpeg itself draws text files as pictures."""
+    path = tmp_path / f"notes{suffix}"
+    path.write_text("Which digit is red?\n" * 60)
+    with pytest.raises(VideoError, match="is not a video"), open_source(path):
+        pass

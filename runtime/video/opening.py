@@ -22,6 +22,7 @@ from runtime.errors import VideoError
 from runtime.video.source import check_size
 
 READ_SIZE = 256 * 1024  # bytes per call from ffmpeg into Python
+TEXT_ART = frozenset({"adf", "bin", "idf", "tty", "xbin"})  # ffmpeg plays any text file with such a name
 NO_PROTOCOLS = {"protocol_whitelist": "-"}  # not as `options`: PyAV up to 15 crashes on MPEG-PS then
 ATTACHED_PICTURE = 1 << 10  # AV_DISPOSITION_ATTACHED_PIC; PyAV before 14.2 does not tell
 VIDEO_MARKS = ((4, b"ftyp"), (0, b"\x1aE\xdf\xa3"), (8, b"AVI "))  # at byte: MP4 and MOV, Matroska, AVI
@@ -79,7 +80,7 @@ def _container(file: BinaryIO, name: str) -> InputContainer:
     if not head:
         raise VideoError(f"{name}: is empty (0 bytes), expected a video; copy or download it again")
     try:
-        return av.open(
+        container = av.open(
             file,
             mode="r",
             buffer_size=READ_SIZE,
@@ -94,6 +95,10 @@ def _container(file: BinaryIO, name: str) -> InputContainer:
         raise VideoError(
             f"{name}: is not a video ({reason(error)}); expected MP4, MOV, MKV, WebM, AVI, TS or GIF"
         ) from error
+    if container.format.name in TEXT_ART:
+        container.close()
+        raise VideoError(f"{name}: is not a video but text; expected MP4, MOV, MKV, WebM, AVI, TS or GIF")
+    return container
 
 
 def _video_stream(container: InputContainer, name: str) -> VideoStream:
