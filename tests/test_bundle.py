@@ -308,7 +308,7 @@ def test_no_home_at_all(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", no_home)
-    Bundle.open(copied)
+    assert Bundle.open(copied).folder == copied
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"vision.onnx": 1}', b'{"\xff": [1, 2, 3]}', b"[" * 10**5])

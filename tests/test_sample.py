@@ -171,10 +171,12 @@ def test_greedy_with_a_penalty_follows_transformers_over_many_steps() -> None:
 
 def test_logits_are_left_as_they_were() -> None:
     logits = logits_of(50, seed=4)
-    logits.flags.writeable = False
+    before = logits.copy()
     sampler = Sampler(sampling(repetition_penalty=2.0, do_sample=True, temperature=0.5, top_p=0.5))
     sampler.next(logits)
     sampler.next(logits)
+    np.testing.assert_array_equal(logits, before)
+    assert sampler.probabilities(logits).sum() == pytest.approx(1)
 
 
 # --- drawing

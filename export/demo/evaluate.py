@@ -25,6 +25,7 @@ from export.demo.glyphs import Glyphs, Split, glyphs
 from export.demo.questions import KINDS, Question, ask
 from export.demo.scenes import Scene, middle_times, random_scene, render
 from export.demo.video import write
+from runtime.cli import guarded
 
 __all__ = ["Tally", "film", "main", "measure"]
 
@@ -126,7 +127,7 @@ def table(tallies: dict[str, Tally], errors: int) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(prog="python -m export.demo.evaluate", description="Held-out accuracy.")
     parser.add_argument("folder", type=Path, help="bundle, or with --torch a checkpoint folder")
@@ -145,7 +146,8 @@ def main(arguments: list[str] | None = None) -> None:
     sys.stdout.write(table(tallies, given.errors) + "\n")
     summary = {kind: {"right": tally.right, "asked": tally.asked} for kind, tally in tallies.items()}
     sys.stdout.write(json.dumps({"split": given.split, "frames": given.frames, **summary}) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded("linvt-demo-evaluate", main))

@@ -12,7 +12,8 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.datasets import load_digits
+
+from runtime.errors import DependencyError
 
 __all__ = ["GLYPH", "Glyphs", "Split", "glyphs", "split_indices"]
 
@@ -45,6 +46,10 @@ def split_indices(split: Split) -> NDArray[np.int64]:
 @cache
 def glyphs(split: Split) -> Glyphs:
     """All masks of a split; training has ``VARIANTS`` of each drawing, the first one as drawn."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise DependencyError("scikit-learn is not installed; run: pip install 'linvt-edge[dev]'") from error
     data = load_digits()
     chosen = split_indices(split)
     drawings = (data.images[chosen] / 16).astype(np.float32)  # (G, 8, 8)

@@ -16,6 +16,7 @@ from export.demo.evaluate import FPS, film
 from export.demo.glyphs import glyphs
 from export.demo.scenes import COLOURS, Digit, Scene
 from export.demo.video import write
+from runtime.cli import guarded
 
 __all__ = ["QUESTIONS", "main", "sample_scene"]
 
@@ -57,7 +58,7 @@ def clearest(value: int) -> int:
     return int(candidates[((test.masks[candidates] - mean) ** 2).sum((1, 2)).argmin()])
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
     """Write the video and say what to ask about it."""
     parser = argparse.ArgumentParser(prog="python -m export.demo.sample", description="Write the sample video.")
     parser.add_argument("out", type=Path)
@@ -65,7 +66,8 @@ def main(arguments: list[str] | None = None) -> None:
     write(given.out, film(sample_scene(), glyphs("test")), fps=FPS)
     for question, answer in QUESTIONS.items():
         sys.stdout.write(f"{question} {answer}\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded("linvt-demo-sample", main))

@@ -32,6 +32,7 @@ from export.demo.model import DemoModel, Rows, decoder_config
 from export.demo.pretrain import Heads, patch_loss, token_loss
 from export.demo.questions import KINDS, Question
 from export.demo.tokenizer import train_tokenizer
+from runtime.cli import guarded
 
 __all__ = ["Plan", "main", "train"]
 
@@ -222,7 +223,7 @@ def train(out: Path, plan: Plan) -> dict[str, object]:
     }
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
     """Parse, train, print one JSON line."""
     parser = argparse.ArgumentParser(prog="python -m export.demo.train", description="Train the demo model.")
     parser.add_argument("out", type=Path, help="folder of the checkpoint")
@@ -237,7 +238,8 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(given.threads)
     plan = Plan(given.crop_steps, given.frame_steps, given.clip_steps, given.steps)
     sys.stdout.write(json.dumps(train(given.out, plan)) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded("linvt-demo-train", main))
