@@ -48,7 +48,33 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
         default="question",
         help="what LinVT reads: the question (default), or the slice the released training code took",
     )
+    parser.add_argument(
+        "--image-size",
+        type=height_and_width,
+        metavar="HxW",
+        help="pixels a frame is resized to, for families that leave it open (Qwen2-VL; default: 336x336)",
+    )
+    parser.add_argument(
+        "--route",
+        choices=("images", "video"),
+        default="images",
+        help="encode every frame as a picture (default), or as the family encodes videos (Qwen2-VL: in pairs)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        default="float32",
+        help="what the graphs compute in: float32 for the CPU (default), 16 bits for GPUs",
+    )
     parser.add_argument("--force", action="store_true", help="replace a bundle that exists")
+
+
+def height_and_width(text: str) -> tuple[int, int]:
+    """ "336x448" -> (336, 448)."""
+    sides = text.lower().split("x")
+    if len(sides) != 2 or not all(side.isascii() and side.isdigit() and 0 < int(side) < 2**16 for side in sides):
+        raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH in pixels, as in 336x336")
+    return int(sides[0]), int(sides[1])
 
 
 def export(arguments: argparse.Namespace) -> int:
@@ -65,9 +91,12 @@ def export(arguments: argparse.Namespace) -> int:
         layout=arguments.layout,
         text_input=arguments.text_input,
         force=arguments.force,
+        image_size=arguments.image_size,
+        route=arguments.route,
+        dtype=arguments.dtype,
     )
     with Steps("export") as steps:
-        bundle_from_checkpoint(options, steps.begin)
+        bundle_from_checkpoint(options, steps.begin, steps.say)
         steps.end()
         steps.say(f"wrote {options.output}")
     return 0

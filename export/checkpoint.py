@@ -1,7 +1,7 @@
 """A published checkpoint on disk: its JSON files and its tensors by name, read one at a time.
 
-Takes a folder, or a hub id where the network allows. Tensors come straight from safetensors files; no remote code
-runs and no model class is needed. Knows no family.
+Takes a folder, or a hub id where the network allows. Tensors come straight from safetensors files, or from files of
+``torch.save`` where nothing else is published; no remote code runs and no model class is needed. Knows no family.
 """
 
 from __future__ import annotations
@@ -18,16 +18,19 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from export.pickled import PickleReader
 from runtime.errors import CheckpointError
 
 __all__ = ["Checkpoint", "TensorFiles"]
 
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+BIN = "pytorch_model*.bin"
+INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
 @dataclass(frozen=True)
 class TensorFiles:
-    """Tensors by name, each in one of several safetensors files."""
+    """Tensors by name, each in one of several files."""
 
     files: dict[str, Path]
 
@@ -102,7 +105,7 @@ class Checkpoint:
         """Open a folder or a hub id.
 
         Raises:
-            CheckpointError: neither a folder with ``config.json`` and safetensors nor a reachable hub id.
+            CheckpointError: neither a folder with ``config.json`` and weights nor a reachable hub id.
         """
         folder = find_folder(source)
         config = read_json(folder / "config.json")
@@ -146,7 +149,10 @@ def download(identifier: str) -> Path:
     transport: list[type[Exception]] = [kind for kind in HfHubHTTPError.__bases__ if issubclass(kind, Exception)]
     refusals: tuple[type[Exception], ...] = (HFValidationError, LocalEntryNotFoundError, OSError, *transport)
     try:
-        return Path(snapshot_download(identifier, allow_patterns=HUB_PATTERNS))
+        folder = Path(snapshot_download(identifier, allow_patterns=HUB_PATTERNS))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(identifier, allow_patterns=[*HUB_PATTERNS, BIN]))
+        return folder
     except refusals as error:
         raise CheckpointError(
             f"{identifier} is neither a folder nor a checkpoint that could be downloaded: {error}"
@@ -154,23 +160,30 @@ def download(identifier: str) -> Path:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint; with an index, exactly those it names."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        names = read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-            raise CheckpointError(f"{index} has no weight_map from tensors to files; download it again")
-        paths = [folder / shard for shard in sorted(set(names.values()))]
-        for path in paths:
-            if path.parent != folder or path.name == "..":
-                raise CheckpointError(f"{index} names {str(path)!r}, expected files beside it; download it again")
+    """The weight files of a checkpoint, safetensors first; with an index, exactly those it names."""
+    has_safetensors = any(folder.glob("*.safetensors"))
+    index = next((folder / name for name in INDICES if (folder / name).exists()), None)
+    if index is not None and not (has_safetensors and index.name == INDICES[1]):
+        paths = indexed_files(index)
     else:
-        paths = sorted(folder.glob("*.safetensors"))
+        paths = sorted(folder.glob("*.safetensors" if has_safetensors else BIN))
     for path in paths:
         if not path.is_file():
             raise CheckpointError(f"{folder}: shard {path.name} is missing; download it again")
     if not paths:
-        raise CheckpointError(f"{folder} holds no *.safetensors; convert or download the weights first")
+        raise CheckpointError(f"{folder} holds no *.safetensors and no {BIN}; download the weights first")
+    return paths
+
+
+def indexed_files(index: Path) -> list[Path]:
+    """The shards that an index names, which lie beside it."""
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise CheckpointError(f"{index} has no weight_map from tensors to files; download it again")
+    paths = [index.parent / shard for shard in sorted(set(names.values()))]
+    for path in paths:
+        if path.parent != index.parent or path.name == "..":
+            raise CheckpointError(f"{index} names {str(path)!r}, expected files beside it; download it again")
     return paths
 
 
@@ -187,7 +200,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """A safetensors reader over ``path``, memory-mapped."""
+    """A safetensors reader over ``path``, memory-mapped, or the same over a pytorch_model file."""
+    if path.suffix == ".bin":
+        yield PickleReader.open(path)
+        return
     try:
         with safe_open(path, framework="pt") as reader:
             yield reader

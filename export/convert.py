@@ -6,6 +6,7 @@ line; ``export.__main__`` does.
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import shutil
 from collections.abc import Callable, Iterator
@@ -17,14 +18,17 @@ import onnx_ir as ir
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import nn
 
 from export.checkpoint import Checkpoint
 from export.decoder import Decoder
 from export.families import Backbone, backbone_from_checkpoint
+from export.families.base import FrameRoute, Route
 from export.linvt import LinVT
 from export.linvt.layout import LinVTWeights, linvt_from_checkpoint, linvt_from_file
 from export.load import load_module
 from export.passes import lower_opset, narrow_weights
+from export.precision import DTYPES, narrowed
 from export.stages import Stage, aggregate_stage, decode_stage, refine_stage, vision_stage
 from export.tokenizer import generation_defaults, stop_ids, token_id, tokenizer_from_checkpoint
 from export.trace import onnx_from_stage
@@ -32,12 +36,14 @@ from export.write import bundle_draft, file_specs, replace_file, save_graph
 from runtime.bundle import MANIFEST
 from runtime.errors import CheckpointError, OptionError, OutputError
 from runtime.manifest import FrameSpec, Manifest, StageSpec, TensorSpec, encode_manifest
+from runtime.positions import PositionSpec
 from runtime.text import PromptSpec
 from runtime.version import __version__
 
 __all__ = ["ExportOptions", "bundle_from_checkpoint", "choose_linvt"]
 
 Progress = Callable[[str], None]
+Dtype = Literal["float32", "float16", "bfloat16"]
 
 NO_LINVT = "none"
 EMBEDDING = "embedding.safetensors"
@@ -63,6 +69,9 @@ class ExportOptions:
         layout: "training" puts the video as the released training data did; "video" as its chat does.
         text_input: what LinVT reads as the question; see ``PromptSpec``.
         force: replace a bundle that exists.
+        image_size: (height, width) in pixels, for families that leave it open.
+        route: how frames become tokens, for families that have a way of their own for videos.
+        dtype: what vision, aggregate and decode compute in.
     """
 
     checkpoint: str
@@ -72,14 +81,20 @@ class ExportOptions:
     layout: str = "video"
     text_input: Literal["question", "released_slice"] = "question"
     force: bool = False
+    image_size: tuple[int, int] | None = None
+    route: Route = "images"
+    dtype: Dtype = "float32"
 
 
-def bundle_from_checkpoint(options: ExportOptions, progress: Progress = lambda step: None) -> Path:
+def bundle_from_checkpoint(
+    options: ExportOptions, progress: Progress = lambda step: None, note: Progress = lambda line: None
+) -> Path:
     """Export; returns the bundle's folder.
 
     Args:
         options: what to export.
         progress: told the name of each step as it begins.
+        note: told what was done otherwise than asked.
 
     Raises:
         CheckpointError, OptionError, OutputError: one line each; the target is as it was.
@@ -87,29 +102,38 @@ def bundle_from_checkpoint(options: ExportOptions, progress: Progress = lambda s
     with bundle_draft(options.output, force=options.force) as draft:
         progress("checkpoint")
         checkpoint = Checkpoint.open(options.checkpoint)
-        backbone = backbone_from_checkpoint(checkpoint)
+        backbone = backbone_from_checkpoint(checkpoint, FrameRoute(options.image_size, options.route))
         weights = choose_linvt(options.linvt, checkpoint, backbone)
+        if weights and backbone.pooled:
+            raise OptionError(
+                f"--route {options.route}: {backbone.family} pools its tokens there, and LinVT takes them plain; "
+                "leave the option out"
+            )
         frames = frame_spec(backbone, weights, options.frames)
         prompt = write_text(draft, checkpoint, backbone, weights, options)
         stages = {}
         for stage, stored in traced_stages(checkpoint, backbone, weights, frames, progress):
-            stages[stage.name] = write_stage(draft, stage, NARROW.get(stored))
+            dtype = stage_dtype(stage.name, options.dtype, backbone, note)
+            stages[stage.name] = write_stage(draft, narrowed(stage, DTYPES[dtype]), NARROW.get(stored), dtype)
             del stage
         progress("embedding")
         write_embedding(draft, checkpoint, backbone)
         progress("manifest")
+        llm = backbone.llm.config
         manifest = Manifest(
             family=backbone.family,
             linvt=weights.config if weights else None,
-            context=backbone.decoder.context,
-            width=backbone.decoder.width,
-            layers=backbone.decoder.layers,
-            heads_kv=backbone.decoder.heads_kv,
-            head_dim=backbone.decoder.head_dim,
+            context=llm.context,
+            width=llm.width,
+            layers=llm.layers,
+            heads_kv=llm.heads_kv,
+            head_dim=llm.head_dim,
             stages=stages,
             frames=frames,
+            route=options.route,
             preprocess=backbone.preprocess,
             prompt=prompt,
+            positions=position_spec(backbone),
             generation=generation_defaults(checkpoint),
             files=file_specs(draft),
             provenance=provenance(checkpoint, options),
@@ -120,7 +144,7 @@ def bundle_from_checkpoint(options: ExportOptions, progress: Progress = lambda s
 
 def choose_linvt(choice: str | None, checkpoint: Checkpoint, backbone: Backbone) -> LinVTWeights | None:
     """The LinVT that ``--linvt`` names, or the checkpoint's own."""
-    width = backbone.decoder.width
+    width = backbone.llm.config.width
     if choice == NO_LINVT:
         return None
     weights = linvt_from_checkpoint(checkpoint, width) if choice is None else linvt_from_file(choice, checkpoint, width)
@@ -144,19 +168,28 @@ def frame_spec(backbone: Backbone, weights: LinVTWeights | None, asked: int | No
     With LinVT the fewest are those that hold ``top_k`` tokens; a shorter video repeats frames. Without, the prompt
     has to fit into the LLM's context.
     """
-    tokens = backbone.tokens_per_frame
+    tokens, group = backbone.tokens_per_frame, backbone.frame_group
     if weights:
-        least = weights.config.min_frames(tokens)
-        most = weights.config.max_frames or max(MOST_FRAMES, least)
+        least = (weights.config.min_frames(tokens) - 1) * group + 1
+        most = weights.config.max_frames * group or max(MOST_FRAMES, least)
         usual = DEFAULT_FRAMES
     else:
         least, usual = 1, DEFAULT_FRAMES_PLAIN
-        most = max(1, (backbone.decoder.context - TEXT_RESERVE) // (tokens + FRAME_LABEL))
+        context = backbone.llm.config.context
+        reserve = min(TEXT_RESERVE, context // 4)
+        most = max(1, (context - reserve) // (tokens + FRAME_LABEL) * group)
     if least > most:
         raise CheckpointError(f"LinVT needs {least} frames for its top_k and has positions for {most}")
     if asked is not None and not least <= asked <= most:
         raise OptionError(f"--frames {asked} is outside what the model takes: {least} to {most}")
-    return FrameSpec(least, asked or min(max(usual, least), most), most, tokens)
+    return FrameSpec(least, asked or min(max(usual, least), most), most, tokens, group)
+
+
+def position_spec(backbone: Backbone) -> PositionSpec:
+    """Axes of a position and, with three of them, the grid of one set of tokens."""
+    axes = backbone.llm.config.rotary.axes
+    assert axes in (1, 3)
+    return PositionSpec(3, backbone.grid or (1, 1)) if axes == 3 else PositionSpec()
 
 
 def traced_stages(
@@ -169,18 +202,23 @@ def traced_stages(
     """Load and yield one stage after the other, with its stored dtype; the module before is let go."""
     stored = storage_dtype(checkpoint, backbone)
     progress("vision")
-    vision = load_module(backbone.vision, checkpoint.tensors, backbone.vision_names)
-    yield vision_stage(vision, backbone.preprocess, frames), stored
-    del vision
+    yield vision_stage(load_vision(checkpoint, backbone), backbone.preprocess, frames), stored
     if weights:
+        gc.collect()  # what was traced holds its weights in reference cycles
         progress("refine")
         linvt = load_linvt(weights)
         yield refine_stage(linvt, frames), weights.storage
         progress("aggregate")
-        yield aggregate_stage(linvt, backbone.decoder.context), weights.storage
+        yield aggregate_stage(linvt, backbone.llm.config.context), weights.storage
         del linvt
+    gc.collect()
     progress("decode")
     yield decode_stage(load_decoder(checkpoint, backbone)), stored
+
+
+def load_vision(checkpoint: Checkpoint, backbone: Backbone) -> nn.Module:
+    """Tower and connector with their weights."""
+    return load_module(backbone.vision, checkpoint.tensors, backbone.vision_names)
 
 
 def load_linvt(weights: LinVTWeights) -> LinVT:
@@ -190,25 +228,43 @@ def load_linvt(weights: LinVTWeights) -> LinVT:
 
 def load_decoder(checkpoint: Checkpoint, backbone: Backbone) -> Decoder:
     """The LLM with its weights."""
-    return load_module(lambda: Decoder(backbone.decoder), checkpoint.tensors, backbone.decoder_names)
+    return load_module(lambda: Decoder(backbone.llm.config), checkpoint.tensors, backbone.llm.names)
+
+
+def load_table(checkpoint: Checkpoint, backbone: Backbone) -> torch.Tensor:
+    """The token embedding table (rows, D) in its stored dtype."""
+    llm = backbone.llm
+    return llm.table.read(checkpoint.tensors, (llm.table_rows, llm.config.width))
 
 
 def storage_dtype(checkpoint: Checkpoint, backbone: Backbone) -> str:
     """The dtype the checkpoint's embedding table, and with it usually everything, is stored in."""
-    return checkpoint.tensors.dtype(backbone.decoder_names("model.embed_tokens.weight"))
+    return checkpoint.tensors.dtype(backbone.llm.table.names[0])
 
 
-def write_stage(draft: Path, stage: Stage, narrow: ir.DataType | None) -> StageSpec:
+def stage_dtype(stage: str, asked: Dtype, backbone: Backbone, note: Progress) -> Dtype:
+    """What a stage computes in: as asked, but SVR in float32, and an LLM that leaves float16's range in bfloat16."""
+    if stage == "refine":
+        return "float32"
+    if stage == "decode" and asked == "float16" and backbone.llm.overflows:
+        note(f"decode computes in bfloat16, not float16: {backbone.llm.overflows}")
+        return "bfloat16"
+    return asked
+
+
+def write_stage(draft: Path, stage: Stage, narrow: ir.DataType | None, dtype: Dtype) -> StageSpec:
     """Trace and write one graph."""
     model = onnx_from_stage(stage)
-    narrowed = narrow is not None and narrow_weights(model, narrow)
+    wide = dtype == "float32"
+    stored_narrow = wide and narrow is not None and narrow_weights(model, narrow)
     file = save_graph(model, draft, stage.name)
     return StageSpec(
         file,
         tuple(map(tensor_spec, model.graph.inputs)),
         tuple(map(tensor_spec, model.graph.outputs)),
         older=(write_older(draft, stage.name),),
-        storage=narrow.name.lower() if narrowed and narrow else "float32",  # type: ignore[arg-type]
+        compute=dtype,
+        storage=narrow.name.lower() if stored_narrow and narrow else dtype,  # type: ignore[arg-type]
     )
 
 
@@ -231,7 +287,7 @@ def tensor_spec(value: ir.Value) -> TensorSpec:
 
 def write_embedding(draft: Path, checkpoint: Checkpoint, backbone: Backbone) -> None:
     """The token embedding table, in the checkpoint's dtype."""
-    table = checkpoint.tensors.tensor(backbone.decoder_names("model.embed_tokens.weight"))
+    table = load_table(checkpoint, backbone)
     if table.dtype not in (torch.float16, torch.bfloat16):
         table = table.float()
     try:
@@ -252,17 +308,23 @@ def write_text(
     facts = backbone.prompt
     tokenizer = tokenizer_from_checkpoint(checkpoint, facts)
     (draft / TOKENIZER).write_text(tokenizer.to_str(pretty=True), "utf-8")
-    layout = options.layout if weights else "frames"
-    if layout not in facts.templates:
-        raise OptionError(f"--layout {layout}: {backbone.family} has the layouts {', '.join(facts.templates)}")
-    (draft / TEMPLATE).write_text(facts.templates[layout], "utf-8")
+    name = options.layout if weights else "frames"
+    if name not in facts.layouts:
+        raise OptionError(f"--layout {name}: {backbone.family} has the layouts {', '.join(facts.layouts)}")
+    layout = facts.layouts[name]
+    (draft / TEMPLATE).write_text(layout.template, "utf-8")
     return PromptSpec(
         system=facts.system,
-        visual_token=facts.visual_token,
-        visual_id=token_id(tokenizer, facts.visual_token),
+        visual_token=layout.visual_token,
+        visual_id=token_id(tokenizer, layout.visual_token),
+        image_token=facts.image_token,
+        image_id=token_id(tokenizer, facts.image_token),
         stop_ids=stop_ids(checkpoint, tokenizer, facts.end_token),
         reserved=facts.reserved,
         text_input=options.text_input,
+        add_special_tokens=facts.add_special_tokens,
+        rows=dict(facts.prompt_rows),
+        merge=backbone.merge,
     )
 
 

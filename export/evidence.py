@@ -9,7 +9,7 @@ import datetime
 import importlib.metadata
 import platform
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -23,9 +23,16 @@ __all__ = ["Case", "Comparison", "write_evidence"]
 
 @dataclass(frozen=True)
 class Case:
-    """One video and one question: what was compared, and the two answers."""
+    """One question: what was compared, and the two answers.
 
-    video: str
+    Attributes:
+        source: the video's name, or the pictures' names.
+        kind: what it is.
+        frames: of the video, or how many pictures.
+    """
+
+    source: str
+    kind: Literal["video", "image"]
     question: str
     frames: int
     answer: str
@@ -35,10 +42,16 @@ class Case:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All cases; true when all are within tolerance."""
+    """All cases; true when all are within tolerance.
+
+    Attributes:
+        reference: whose code each stage of the PyTorch side is.
+        tolerance: the widest that held for any stage; a row has its own limit.
+    """
 
     bundle: str
     checkpoint_fingerprint: str
+    reference: dict[str, str]
     backend: str
     tolerance: Tolerance
     cases: tuple[Case, ...]

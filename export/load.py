@@ -1,14 +1,16 @@
 """Checkpoint tensors -> a module's parameters, one at a time, as float32.
 
 A module is built on the "meta" device, where it costs no memory and no initialisation, and receives each parameter
-from the tensor that ``Names`` maps its name to.
+from the ``Source`` that ``Names`` finds for it: a tensor as it stands, rows of a packed one, several stacked, or one
+rearranged. A source checks the shapes of the tensors that it reads.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,31 +18,153 @@ from torch import Tensor, nn
 from export.checkpoint import TensorFiles
 from runtime.errors import CheckpointError
 
-__all__ = ["Names", "load_module"]
+__all__ = [
+    "Names",
+    "OrZeros",
+    "Rearranged",
+    "Rows",
+    "Rule",
+    "Source",
+    "Stacked",
+    "Whole",
+    "filled",
+    "load_module",
+    "prefixed",
+    "renamed",
+]
 
 Module = TypeVar("Module", bound=nn.Module)
+Shape = tuple[int, ...]
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
+class Source(Protocol):
+    """Where a parameter comes from."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The checkpoint's tensors that are read."""
+
+    def read(self, tensors: TensorFiles, shape: Shape) -> Tensor:
+        """The parameter of ``shape`` in its stored dtype; raises CheckpointError and names the tensor."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A tensor as it stands."""
+
+    name: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tensor."""
+        return (self.name,)
+
+    def read(self, tensors: TensorFiles, shape: Shape) -> Tensor:
+        """The tensor, which must have ``shape``."""
+        return checked(tensors, self.name, shape)
+
+
+@dataclass(frozen=True)
+class OrZeros:
+    """A tensor that no formula reads: zeros where it is absent."""
+
+    name: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tensor."""
+        return (self.name,)
+
+    def read(self, tensors: TensorFiles, shape: Shape) -> Tensor:
+        """The tensor or zeros."""
+        return checked(tensors, self.name, shape) if self.name in tensors.files else torch.zeros(shape)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows ``start`` to ``start + shape[0]`` of a tensor that has ``total`` rows."""
+
+    name: str
+    start: int
+    total: int
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The packed tensor."""
+        return (self.name,)
+
+    def read(self, tensors: TensorFiles, shape: Shape) -> Tensor:
+        """The rows, in memory of their own."""
+        packed = checked(tensors, self.name, (self.total, *shape[1:]))
+        return packed[self.start : self.start + shape[0]].clone()
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """Sources one after another along the rows: ``rows`` of each, or all the same number."""
+
+    parts: tuple[Source, ...]
+    rows: tuple[int, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every part's tensors."""
+        return tuple(name for part in self.parts for name in part.names)
+
+    def read(self, tensors: TensorFiles, shape: Shape) -> Tensor:
+        """The parts as one tensor."""
+        rows = self.rows or (shape[0] // len(self.parts),) * len(self.parts)
+        pieces = [part.read(tensors, (count, *shape[1:])) for part, count in zip(self.parts, rows, strict=True)]
+        return torch.cat(pieces)
+
+
+@dataclass(frozen=True)
+class Rearranged:
+    """``arrange`` of a tensor that is stored with the shape ``stored``."""
+
+    name: str
+    stored: Shape
+    arrange: Callable[[Tensor], Tensor]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tensor."""
+        return (self.name,)
+
+    def read(self, tensors: TensorFiles, shape: Shape) -> Tensor:
+        """The rearranged tensor."""
+        arranged = self.arrange(checked(tensors, self.name, self.stored)).contiguous()
+        assert arranged.shape == shape, (self.name, arranged.shape, shape)
+        return arranged
+
+
+Rule = tuple[str, Callable[[re.Match[str]], Source]]
+
+
+def prefixed(ours: str, theirs: str) -> Rule:
+    """Names that begin with ``ours`` begin with ``theirs`` in the checkpoint."""
+    return re.escape(ours) + "(.*)", lambda found: Whole(theirs + found[1])
+
+
+def renamed(ours: str, theirs: str) -> Rule:
+    r"""A name that matches the pattern ``ours`` is called ``theirs``, where ``\1`` is the pattern's first group."""
+    return ours, lambda found: Whole(found.expand(theirs))
+
+
 @dataclass(frozen=True)
 class Names:
-    """From our parameter names to a checkpoint's: the first prefix that fits is replaced.
+    """From our parameter names to sources: the first rule whose pattern is the whole name."""
 
-    Attributes:
-        prefixes: (ours, the checkpoint's) pairs.
-        unused: our parameter prefixes that no formula reads; absent tensors are filled with zeros.
-    """
+    rules: tuple[Rule, ...] = (prefixed("", ""),)
 
-    prefixes: tuple[tuple[str, str], ...] = (("", ""),)
-    unused: tuple[str, ...] = ()
-
-    def __call__(self, name: str) -> str:
-        """The checkpoint's name of our parameter ``name``."""
-        for ours, theirs in self.prefixes:
-            if name.startswith(ours):
-                return theirs + name[len(ours) :]
-        raise AssertionError(f"no prefix for parameter {name}")
+    def __call__(self, name: str) -> Source:
+        """The source of our parameter ``name``."""
+        for pattern, source in self.rules:
+            if found := re.fullmatch(pattern, name):
+                return source(found)
+        raise AssertionError(f"no rule for parameter {name}")
 
 
 def load_module(build: Callable[[], Module], tensors: TensorFiles, names: Names) -> Module:
@@ -51,31 +175,30 @@ def load_module(build: Callable[[], Module], tensors: TensorFiles, names: Names)
     """
     with torch.device("meta"):
         module = build()
-    loaded: dict[nn.Parameter, nn.Parameter] = {}  # tied parameters stay one; the first name is read
-    for name, parameter in list(module.named_parameters(remove_duplicate=False)):
+    return filled(module, tensors, names)
+
+
+def filled(module: Module, tensors: TensorFiles, names: Names) -> Module:
+    """Give a module its parameters; raises CheckpointError as ``load_module`` does."""
+    for name, parameter in list(module.named_parameters()):
         owner, _, leaf = name.rpartition(".")
-        if parameter not in loaded:
-            tensor = read(tensors, names, name, tuple(parameter.shape))
-            loaded[parameter] = nn.Parameter(tensor, requires_grad=False)
-        setattr(module.get_submodule(owner), leaf, loaded[parameter])
+        tensor = names(name).read(tensors, tuple(parameter.shape)).to(torch.float32)
+        setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
     return module.eval()
 
 
-def read(tensors: TensorFiles, names: Names, name: str, shape: tuple[int, ...]) -> Tensor:
-    """The float32 tensor for our parameter ``name``."""
-    source = names(name)
-    if source not in tensors.files and name.startswith(names.unused):
-        return torch.zeros(shape)
-    found = tensors.shape(source)
+def checked(tensors: TensorFiles, name: str, shape: Shape) -> Tensor:
+    """The tensor ``name``, which must hold floats and have ``shape``."""
+    found = tensors.shape(name)
     if found != shape:
         raise CheckpointError(
-            f"tensor {source} has shape {list(found)}, expected {list(shape)} from config.json; "
+            f"tensor {name} has shape {list(found)}, expected {list(shape)} from config.json; "
             "the configuration belongs to other weights"
         )
-    tensor = tensors.tensor(source)
+    tensor = tensors.tensor(name)
     if tensor.dtype not in FLOATS:
         raise CheckpointError(
-            f"tensor {source} is stored as {tensors.dtype(source)}, expected BF16, F16, F32 or F64; "
+            f"tensor {name} is stored as {tensors.dtype(name)}, expected BF16, F16, F32 or F64; "
             "quantised checkpoints cannot be exported, give the original one"
         )
-    return tensor.to(torch.float32)
+    return tensor

@@ -11,13 +11,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import onnx_ir as ir
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from kernels.spec import DOMAIN, NAME, VERSION, pooled_length
 
-__all__ = ["attention", "gather_pool", "rms_norm", "rotary", "scatter_rows"]
+__all__ = ["attention", "gather_pool", "merge_heads", "rms_norm", "rotary", "scatter_rows", "split_heads"]
+
+
+def split_heads(states: Tensor, heads: int) -> Tensor:
+    """(B, S, D) -> (B, heads, S, D / heads)."""
+    split: Tensor = states.unflatten(-1, (heads, -1))
+    return split.transpose(1, 2)
+
+
+def merge_heads(states: Tensor) -> Tensor:
+    """(B, heads, S, head_dim) -> (B, S, heads * head_dim)."""
+    return states.transpose(1, 2).flatten(2)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -33,7 +45,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = N
         (B, heads, S, value_dim).
     """
     if torch.onnx.is_in_onnx_export():
-        exported: Tensor = torch.onnx.ops.attention(query, key, value, mask)[0]
+        exported: Tensor = torch.onnx.ops.attention(query, key, value, mask, softmax_precision=precision(query))[0]
         return exported
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
@@ -46,14 +58,23 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = N
     return weighted
 
 
+def precision(states: Tensor) -> int | None:
+    """What softmax computes in, in ONNX's numbering: float32 in a narrow graph, the default in any other."""
+    return None if states.dtype == torch.float32 else int(ir.DataType.FLOAT)
+
+
 def rotary(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the two halves of every head by its position's angles.
+    """Rotate the two halves of every head's first channels by its position's angles.
 
     Args:
         states: (B, heads, S, head_dim).
-        cos: (B, S, head_dim / 2), one angle per pair.
+        cos: (B, S, dims / 2) float32, one angle per pair; channels from ``dims`` on stay as they are.
         sin: the same shape as ``cos``.
     """
+    cos, sin = cos.to(states.dtype), sin.to(states.dtype)
+    dims = 2 * cos.shape[-1]
+    if dims < states.shape[-1]:
+        return torch.cat((rotary(states[..., :dims], cos, sin), states[..., dims:]), dim=-1)
     if torch.onnx.is_in_onnx_export():
         exported: Tensor = torch.onnx.ops.rotary_embedding(states, cos, sin)
         return exported

@@ -1,10 +1,12 @@
 """The PyTorch side of a comparison: a checkpoint's modules, called stage by stage.
 
-Uses the modules' plain forward forms: no ONNX operator, no static KV cache. Slow and obvious on purpose.
+Takes transformers' own classes where they are the same models, else this project's modules in their plain forward
+forms: no ONNX operator, no static KV cache. Slow and obvious on purpose.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,17 +15,21 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from export.checkpoint import Checkpoint
-from export.convert import choose_linvt, load_decoder, load_linvt
-from export.decoder import Decoder
+from export.convert import choose_linvt, load_decoder, load_linvt, load_table, load_vision
 from export.families import Backbone, backbone_from_checkpoint
-from export.linvt import LinVT
-from export.load import load_module
-from runtime.errors import CheckpointError
+from export.families.base import FrameRoute
+from export.linvt import LinVT, LinVTConfig
+from export.peer import Peer, PeerDecoder, peer_model, vision_with_peer
+from runtime.errors import CheckpointError, OptionError
 from runtime.manifest import Manifest
+from runtime.positions import next_positions
 
 __all__ = ["Reference", "Refined"]
 
 Floats = NDArray[np.float32]
+
+OURS = "this project's"
+SAME = "give the checkpoint (and --linvt) it was exported from"
 
 
 @dataclass(frozen=True)
@@ -37,62 +43,56 @@ class Refined:
 
 @dataclass(frozen=True)
 class Reference:
-    """A checkpoint in PyTorch, float32, on the CPU."""
+    """A checkpoint in PyTorch, float32, on the CPU.
+
+    Attributes:
+        table: token embeddings (rows, D) in their stored dtype.
+        made_of: whose code each stage is, for the report.
+    """
 
     backbone: Backbone
     vision_module: nn.Module
     linvt: LinVT | None
-    decoder: Decoder
+    decoder: nn.Module
+    table: Tensor
     fingerprint: str
+    made_of: dict[str, str]
 
     @classmethod
-    def open(cls, source: str, linvt: str | None) -> Reference:
-        """Load every part; ``linvt`` as for the export.
+    def open(cls, source: str, linvt: str | None, manifest: Manifest) -> Reference:
+        """Load every part once; ``linvt`` as for the export, whose other choices stand in the bundle's manifest.
 
         Raises:
-            CheckpointError: as for the export.
+            CheckpointError: as for the export, and where the bundle is of a model of another kind or size, which no
+                comparison of values could be made with.
         """
         checkpoint = Checkpoint.open(source)
-        backbone = backbone_from_checkpoint(checkpoint)
+        backbone = chosen_backbone(checkpoint, manifest)
         weights = choose_linvt(linvt, checkpoint, backbone)
+        check_same_model(backbone, weights.config if weights else None, manifest)
+        decoder, model = decoder_of(checkpoint, backbone)
+        vision, vision_code = vision_of(checkpoint, backbone, model)
         return cls(
             backbone,
-            load_module(backbone.vision, checkpoint.tensors, backbone.vision_names),
+            vision,
             load_linvt(weights) if weights else None,
-            load_decoder(checkpoint, backbone),
+            decoder,
+            load_table(checkpoint, backbone),
             checkpoint.fingerprint(),
+            {
+                "vision": vision_code,
+                **({"linvt": f"{OURS} modules"} if weights else {}),
+                "decode": theirs(backbone.llm.peer) if backbone.llm.peer else f"{OURS} modules",
+            },
         )
-
-    def check_same_model(self, manifest: Manifest) -> None:
-        """Refuse a bundle of other sizes, which no comparison of values could be made with."""
-        decoder = self.backbone.decoder
-        ours = {
-            "family": self.backbone.family,
-            "linvt": self.linvt.config if self.linvt else None,
-            "tokens a frame": self.backbone.tokens_per_frame,
-            "preprocessing": self.backbone.preprocess,
-            "vocabulary": decoder.vocab,
-            "width": decoder.width,
-            "layers": decoder.layers,
-            "heads_kv": decoder.heads_kv,
-            "head_dim": decoder.head_dim,
-        }
-        theirs = (
-            *(manifest.family, manifest.linvt, manifest.frames.tokens, manifest.preprocess),
-            next(spec.shape[-1] for spec in manifest.stages["decode"].outputs if spec.name == "logits"),
-            *(manifest.width, manifest.layers, manifest.heads_kv, manifest.head_dim),
-        )
-        for (name, own), other in zip(ours.items(), theirs, strict=True):
-            if own != other:
-                raise CheckpointError(
-                    f"the bundle is of another model: its {name} is {other}, the checkpoint's {own}; "
-                    "give the checkpoint (and --linvt) it was exported from"
-                )
 
     @torch.no_grad()
-    def vision(self, pixel_values: Floats) -> Floats:
-        """(T, 3, H, W) -> (1, T, N, D), frame by frame."""
-        tokens = [self.vision_module(torch.from_numpy(frame[None])) for frame in pixel_values]
+    def vision(self, feeds: Mapping[str, Floats]) -> Floats:
+        """The vision stage's inputs -> (1, T, N, D), one group of frames at a time."""
+        group = self.backbone.frame_group
+        inputs = [torch.from_numpy(value) for value in feeds.values()]
+        starts = range(0, len(inputs[0]), group)
+        tokens = [self.vision_module(*(value[start : start + group] for value in inputs)) for start in starts]
         return array(torch.cat(tokens)[None])
 
     @torch.no_grad()
@@ -117,28 +117,94 @@ class Reference:
         assert self.linvt
         return array(self.linvt.aggregate(torch.from_numpy(visual), torch.from_numpy(text)))
 
-    @torch.no_grad()
     def embed(self, ids: NDArray[np.int64]) -> Floats:
         """(S,) -> (S, D)."""
-        return array(self.decoder.embed(torch.from_numpy(ids)))
+        return array(self.table[torch.from_numpy(ids)].float())
 
     @torch.no_grad()
-    def logits(self, embeds: Floats) -> Floats:
-        """A whole sequence (S, D) -> logits of its last row (V,)."""
-        rows = torch.from_numpy(embeds)[None]
-        return array(self.decoder(rows, torch.arange(rows.shape[1])[None])[0, -1])
+    def logits(self, embeds: Floats, position_ids: NDArray[np.int64]) -> Floats:
+        """A whole sequence (S, D) at positions (axes, S) -> logits of its last row (V,)."""
+        positions = torch.from_numpy(position_ids)  # (1, S) is a batch of one
+        placed = positions if len(positions) == 1 else positions[:, None]  # (3, 1, S)
+        return array(self.decoder(torch.from_numpy(embeds)[None], placed)[0, -1])
 
-    def greedy(self, embeds: Floats, count: int) -> tuple[list[int], list[Floats]]:
+    def greedy(self, embeds: Floats, position_ids: NDArray[np.int64], count: int) -> tuple[list[int], list[Floats]]:
         """``count`` greedy tokens and the logits (V,) each was taken from, without a KV cache."""
         ids: list[int] = []
         steps: list[Floats] = []
         for _ in range(count):
-            steps.append(self.logits(embeds))
+            steps.append(self.logits(embeds, position_ids))
             ids.append(int(steps[-1].argmax()))
             embeds = np.concatenate([embeds, self.embed(np.array(ids[-1:]))])
+            position_ids = np.concatenate([position_ids, next_positions(position_ids)], axis=1)
         return ids, steps
 
 
 def array(tensor: Tensor) -> Floats:
     """A float32 copy that torch does not own."""
     return tensor.numpy().astype(np.float32)
+
+
+def chosen_backbone(checkpoint: Checkpoint, manifest: Manifest) -> Backbone:
+    """The backbone with the choices of the export, as far as its family leaves any."""
+    route, size = manifest.route, manifest.preprocess.size
+    try:
+        backbone = backbone_from_checkpoint(checkpoint, FrameRoute(route=route))
+        if backbone.preprocess.size == size:
+            return backbone
+        return backbone_from_checkpoint(checkpoint, FrameRoute(size, route))
+    except OptionError as error:
+        raise CheckpointError(
+            f"the bundle is of another model: its frames are {size[0]}x{size[1]} by the route {route}, which the "
+            f"checkpoint does not take; {SAME}"
+        ) from error
+
+
+def check_same_model(backbone: Backbone, linvt: LinVTConfig | None, manifest: Manifest) -> None:
+    """Refuse a bundle of other sizes, before anything is loaded."""
+    decoder = backbone.llm.config
+    ours = {
+        "family": backbone.family,
+        "linvt": linvt,
+        "tokens a frame": backbone.tokens_per_frame,
+        "preprocessing": backbone.preprocess,
+        "vocabulary": decoder.vocab,
+        "width": decoder.width,
+        "layers": decoder.layers,
+        "heads_kv": decoder.heads_kv,
+        "head_dim": decoder.head_dim,
+    }
+    bundles = (
+        *(manifest.family, manifest.linvt, manifest.frames.tokens, manifest.preprocess),
+        next(spec.shape[-1] for spec in manifest.stages["decode"].outputs if spec.name == "logits"),
+        *(manifest.width, manifest.layers, manifest.heads_kv, manifest.head_dim),
+    )
+    for (name, own), other in zip(ours.items(), bundles, strict=True):
+        if own != other:
+            raise CheckpointError(
+                f"the bundle is of another model: its {name} is {other}, the checkpoint's {own}; {SAME}"
+            )
+
+
+def decoder_of(checkpoint: Checkpoint, backbone: Backbone) -> tuple[nn.Module, nn.Module | None]:
+    """The LLM, and transformers' class behind it where there is one."""
+    if not (peer := backbone.llm.peer):
+        return load_decoder(checkpoint, backbone), None
+    model = peer_model(peer, checkpoint.tensors)
+    return PeerDecoder(model), model
+
+
+def vision_of(checkpoint: Checkpoint, backbone: Backbone, llm: nn.Module | None) -> tuple[nn.Module, str]:
+    """The vision stage and whose code it is; ``llm`` is taken for it where one class is both."""
+    if not (peer := backbone.vision_peer):
+        return load_vision(checkpoint, backbone), f"{OURS} modules"
+    tensors = checkpoint.tensors
+    model = llm if llm and peer.peer is backbone.llm.peer else peer_model(peer.peer, tensors)
+    vision = vision_with_peer(peer, model, backbone.vision, tensors, backbone.vision_names)
+    own = [name for name, _ in vision.named_children() if name != peer.part] if peer.part else []
+    return vision, " and ".join([theirs(peer.peer), *(f"{OURS} {name}" for name in own)])
+
+
+def theirs(peer: Peer) -> str:
+    """A class of transformers by its name."""
+    return f"transformers' {peer.name}" + (" with a bias in its head" if peer.head_bias else "")

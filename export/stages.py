@@ -1,9 +1,10 @@
 """The stages of a model as flat modules: tensors in, tensors out, named as in the bundle's contract.
 
-    vision     pixel_values (F, 3, H, W)                -> tokens (F, N, D)
+    vision     pixel_values (F, 3, H, W)                -> tokens (T, N, D), T sets of tokens, usually one a frame;
+               [pixel_mask (F, patches)]                   Molmo's second input: share of real pixels
     refine     tokens (1, T, N, D)                      -> visual (1, M, D), indices (1, k), scores (1, T * N)
     aggregate  visual (1, M, D), text (1, S, D)         -> tokens (1, Q, D)
-    decode     inputs_embeds (1, S, D), position_ids (1, S), write_index (1,), KV cache
+    decode     inputs_embeds (1, S, D), position_ids (1, S) or (3, 1, S), write_index (1,), KV cache
                                                         -> logits (1, V) of the last row, KV cache
 
 Example inputs are random; nothing here traces.
@@ -12,10 +13,11 @@ Example inputs are random; nothing here traces.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.export import Dim
 
 from export.decoder import Decoder, DecoderConfig, KVCache
 from export.linvt import LinVT
@@ -25,6 +27,9 @@ from runtime.preprocess import Preprocess
 
 __all__ = ["Stage", "aggregate_stage", "decode_stage", "refine_stage", "vision_stage"]
 
+Axis: TypeAlias = Any  # a torch.export Dim, or a multiple of one
+Axes: TypeAlias = dict[int, Axis]
+
 EXAMPLE_ROWS = 5  # any number that is neither 1 nor another axis' size
 
 
@@ -33,7 +38,7 @@ class Stage:
     """One graph to be.
 
     Attributes:
-        axes: the free axes of every input, by index, with (name, least, most).
+        axes: the free axes of every input, by index.
         named_inputs: inputs that are arguments of their own; the module takes those behind them as ``*rest``.
     """
 
@@ -42,21 +47,8 @@ class Stage:
     example: tuple[Tensor, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    axes: tuple[dict[int, tuple[str, int, int]], ...]
+    axes: tuple[Axes, ...]
     named_inputs: int = 3
-
-
-class Vision(nn.Module):
-    """The family's tower and connector."""
-
-    def __init__(self, backbone: nn.Module) -> None:
-        super().__init__()
-        self.backbone = backbone
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """(F, 3, H, W) -> (F, N, D)."""
-        tokens: Tensor = self.backbone(pixel_values)
-        return tokens
 
 
 class Refine(nn.Module):
@@ -106,17 +98,30 @@ class Decode(nn.Module):
 
 
 def vision_stage(backbone: nn.Module, preprocess: Preprocess, frames: FrameSpec) -> Stage:
-    """Frames are a free axis: the runtime sends batches."""
-    example = torch.randn(EXAMPLE_ROWS, 3, *preprocess.size)
-    axes = {0: ("frames", 1, max(frames.maximum, EXAMPLE_ROWS))}
-    return Stage("vision", Vision(backbone), (example,), ("pixel_values",), ("tokens",), (axes,))
+    """Frames are a free axis, in whole groups: the runtime sends batches."""
+    sets = Dim(sets_axis(frames), min=1, max=max(frames.sets(frames.maximum), EXAMPLE_ROWS))
+    count = EXAMPLE_ROWS * frames.group
+    example = [torch.randn(count, 3, *preprocess.size)]
+    inputs = ["pixel_values"]
+    if preprocess.mask_patch:
+        example.append(torch.rand(count, preprocess.mask_patches))
+        inputs.append("pixel_mask")
+    axis: Axis = sets if frames.group == 1 else frames.group * sets
+    axes: tuple[Axes, ...] = tuple({0: axis} for _ in inputs)
+    return Stage("vision", backbone, tuple(example), tuple(inputs), ("tokens",), axes)
+
+
+def sets_axis(frames: FrameSpec) -> str:
+    """What the axis T is called: a set of tokens is a frame's, unless frames are grouped."""
+    return "frames" if frames.group == 1 else "sets"
 
 
 def refine_stage(linvt: LinVT, frames: FrameSpec) -> Stage:
-    """Frames are a free axis from the fewest that hold ``top_k`` tokens, unless only one number is possible."""
-    free = frames.maximum > frames.minimum
-    example = torch.randn(1, frames.minimum + free, frames.tokens, linvt.config.width)
-    axes = {1: ("frames", frames.minimum, frames.maximum)} if free else {}
+    """Sets of tokens are a free axis from the fewest that hold ``top_k`` tokens, unless only one number is possible."""
+    least, most = frames.sets(frames.minimum), frames.sets(frames.maximum)
+    free = most > least
+    example = torch.randn(1, least + free, frames.tokens, linvt.config.width)
+    axes = {1: Dim(sets_axis(frames), min=least, max=most)} if free else {}
     outputs = ("visual", "indices", "scores")
     return Stage("refine", Refine(linvt), (example,), ("tokens",), outputs, (axes,))
 
@@ -125,7 +130,7 @@ def aggregate_stage(linvt: LinVT, context: int) -> Stage:
     """The question's length is a free axis."""
     config = linvt.config
     example = (torch.randn(1, config.pooled_tokens, config.width), torch.randn(1, EXAMPLE_ROWS, config.width))
-    axes: tuple[dict[int, Any], ...] = ({}, {1: ("text", 1, context)})
+    axes: tuple[Axes, ...] = ({}, {1: Dim("text", min=1, max=context)})
     return Stage("aggregate", Aggregate(linvt), example, ("visual", "text"), ("tokens",), axes)
 
 
@@ -133,20 +138,23 @@ def decode_stage(decoder: Decoder) -> Stage:
     """New rows and cache capacity are free axes."""
     config = decoder.config
     caches = range(config.layers)
+    positions = torch.arange(EXAMPLE_ROWS)[None]
+    three_axes = config.rotary.axes == 3
     example = (
         torch.randn(1, EXAMPLE_ROWS, config.width),
-        torch.arange(EXAMPLE_ROWS)[None],
+        positions.expand(3, 1, -1) if three_axes else positions,
         torch.zeros(1, dtype=torch.int64),
         *example_cache(config),
     )
-    rows, capacity = ("sequence", 1, config.context), ("capacity", 1, config.context)
+    rows = Dim("sequence", min=1, max=config.context)
+    capacity = Dim("capacity", min=1, max=config.context)
     return Stage(
         "decode",
         Decode(decoder),
         example,
         ("inputs_embeds", "position_ids", "write_index", *cache_names("past", caches)),
         ("logits", *cache_names("present", caches)),
-        ({1: rows}, {1: rows}, {}, *({2: capacity} for _ in example_cache(config))),
+        ({1: rows}, {2 if three_axes else 1: rows}, {}, *({2: capacity} for _ in example_cache(config))),
     )
 
 

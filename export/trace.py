@@ -15,7 +15,6 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from torch.export import Dim
 
 from export.passes import attach_gather_pool, fold_constants, transpose_weights
 from export.stages import Stage
@@ -52,14 +51,8 @@ def onnx_from_stage(stage: Stage) -> ir.Model:
 
 def dynamic_shapes(stage: Stage) -> tuple[Any, ...]:
     """The stage's free axes as ``torch.export`` wants them; variadic inputs are one nested tuple."""
-    dims: dict[str, Dim] = {}
-    shapes: list[dict[int, Any]] = []
-    for axes in stage.axes:
-        for name, least, most in axes.values():
-            dims.setdefault(name, Dim(name, min=least, max=most))
-        shapes.append({axis: dims[name] for axis, (name, _, _) in axes.items()})
-    flat = stage.named_inputs
-    return (*shapes[:flat], tuple(shapes[flat:])) if flat < len(shapes) else tuple(shapes)
+    shapes, flat = stage.axes, stage.named_inputs
+    return (*shapes[:flat], tuple(shapes[flat:])) if flat < len(shapes) else shapes
 
 
 def drop_traces(model: ir.Model) -> None:

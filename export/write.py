@@ -167,9 +167,14 @@ def current_umask() -> int:
 
 
 def save_graph(model: ir.Model, folder: Path, name: str) -> str:
-    """Write ``{name}.onnx`` with its weights in ``{name}.onnx.data``; the graph file's name."""
+    """Write ``{name}.onnx`` with its weights in ``{name}.onnx.data``; the graph file's name.
+
+    The model lets go of its weights: the optimizer's rules remember the last graph they saw, and with it gigabytes.
+    """
     file = f"{name}.onnx"
     ir.save(model, folder / file, external_data=f"{file}.data", size_threshold_bytes=1024)
+    for value in model.graph.initializers.values():
+        value.const_value = None
     return file
 
 

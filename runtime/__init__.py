@@ -10,7 +10,7 @@ This namespace is the public API; modules may change.
 """
 
 from runtime.answer import Answer, Stream
-from runtime.engine import Video, VideoQA
+from runtime.engine import Images, Video, VideoQA
 from runtime.errors import (
     BackendError,
     BundleError,
@@ -31,6 +31,7 @@ __all__ = [
     "CheckpointError",
     "DependencyError",
     "GenerationOptions",
+    "Images",
     "LinvtError",
     "OptionError",
     "OutputError",

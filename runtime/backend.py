@@ -38,8 +38,8 @@ class Decoder(Protocol):
 
     capacity: int
 
-    def step(self, embeds: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Append rows (S, D) to the sequence -> logits (V,) of the last row; capacity must not be passed."""
+    def step(self, embeds: NDArray[np.float32], position_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Append rows (S, D) at positions (axes, S) -> logits (V,) of the last row; capacity must not be passed."""
 
 
 class Backend(Protocol):

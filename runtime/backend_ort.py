@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -34,6 +35,12 @@ CACHE_BLOCK = 64  # tokens: sizes of the cache are rounded up so that questions 
 ANSWER_ROOM = 128  # tokens of an answer before the cache grows for the first time
 MESSAGE_PREFIX = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
 MESSAGE_LENGTH = 300  # characters; ONNX Runtime names C++ functions at length
+# Of the KV cache: its number in ONNX, and what holds it here. NumPy has no bfloat16, whose zero is 16 zero bits too.
+CACHE_DTYPES: dict[str, tuple[int, np.dtype[Any]]] = {
+    "float32": (1, np.dtype(np.float32)),
+    "float16": (10, np.dtype(np.float16)),
+    "bfloat16": (16, np.dtype(np.uint16)),
+}
 ELEMENTS = {"float": "float32", "double": "float64"}  # where ONNX Runtime's names are not the manifest's
 
 
@@ -102,6 +109,11 @@ class OrtBackend:
             raise BackendError("the backend is closed; open the bundle again")
         if stage not in self.sessions:
             spec = self.bundle.manifest.stages[stage]
+            if spec.compute == "bfloat16" and self.name == "cpu":
+                raise BackendError(
+                    f"{spec.file} computes in bfloat16, which ONNX Runtime cannot on the CPU; use --backend cuda, or "
+                    "export with --dtype float32"
+                )
             paths = [self.bundle.path(file) for file in (spec.file, *spec.older)]
             session = first_session(paths, self.name, self.threads)
             check_tensors(session, spec)
@@ -174,6 +186,16 @@ class OrtGraph:
         return dict(zip(self.outputs, values, strict=True))
 
 
+def cache_dtype(spec: StageSpec) -> tuple[int, np.dtype[Any]]:
+    """The number of the cache's dtype in ONNX, and what holds it."""
+    dtype = next(tensor.dtype for tensor in spec.inputs if tensor.name == "past_key.0")
+    if dtype not in CACHE_DTYPES:
+        raise BackendError(
+            f"{spec.file} has a KV cache of {dtype}, expected {', '.join(CACHE_DTYPES)}; export the bundle again"
+        )
+    return CACHE_DTYPES[dtype]
+
+
 class OrtDecoder:
     """The LLM over a KV cache that is updated in place, and doubled when it is full."""
 
@@ -184,6 +206,7 @@ class OrtDecoder:
         self.room = 0  # tokens the cache can hold now
         self.device = "cuda" if name == "cuda" else "cpu"
         self.shape = (1, manifest.heads_kv, manifest.head_dim)
+        self.element, self.dtype = cache_dtype(manifest.stages["decode"])
         caches = [cache for i in range(manifest.layers) for cache in (f"key.{i}", f"value.{i}")]
         self.cache: dict[str, ort.OrtValue | None] = dict.fromkeys(caches)
         self.binding = session.io_binding()
@@ -191,15 +214,15 @@ class OrtDecoder:
         self.options = ort.RunOptions()
         self.options.log_severity_level = SILENT
 
-    def step(self, embeds: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Append rows (S, D) to the sequence -> logits (V,) of the last row."""
+    def step(self, embeds: NDArray[np.float32], position_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Append rows (S, D) at positions (axes, S) -> logits (V,) of the last row."""
         rows = len(embeds)
         assert self.length + rows <= self.capacity, "the caller sizes the cache"
         if self.length + rows > self.room:
             self.grow(max(2 * self.room, rows + ANSWER_ROOM))
         feeds = {  # named until the run ends: the binding borrows their memory
             "inputs_embeds": np.ascontiguousarray(embeds[None]),
-            "position_ids": np.arange(self.length, self.length + rows, dtype=np.int64)[None],
+            "position_ids": np.ascontiguousarray(position_ids if len(position_ids) == 1 else position_ids[:, None]),
             "write_index": np.array([self.length], np.int64),
         }
         with translated("run decode", "use fewer frames or tokens, or open with --verify"):
@@ -216,9 +239,15 @@ class OrtDecoder:
         self.room = min(-(-room // CACHE_BLOCK) * CACHE_BLOCK, self.capacity)
         with translated(f"allocate a KV cache of {self.room} tokens", "use fewer frames or tokens"):
             for name, value in self.cache.items():
-                array = np.zeros((*self.shape[:2], self.room, self.shape[2]), np.float32)
-                if value is not None:
-                    array[:, :, : self.length] = value.numpy()[:, :, : self.length]
-                self.cache[name] = value = ort.OrtValue.ortvalue_from_numpy(array, self.device, 0)
-                self.binding.bind_ortvalue_input(f"past_{name}", value)
-                self.binding.bind_ortvalue_output(f"present_{name}", value)
+                self.cache[name] = value = self.moved(value)
+                memory = (self.device, 0, self.element, value.shape(), value.data_ptr())
+                self.binding.bind_input(f"past_{name}", *memory)
+                self.binding.bind_output(f"present_{name}", *memory)
+
+    def moved(self, value: ort.OrtValue | None) -> ort.OrtValue:
+        """A cache tensor of ``room`` tokens, zero behind what ``value`` holds: what is masked must still be finite."""
+        shape = (*self.shape[:2], self.room, self.shape[2])
+        array = np.zeros(shape, self.dtype)
+        if value is not None:
+            array[:, :, : self.length] = value.numpy()[:, :, : self.length]
+        return ort.OrtValue.ortvalue_from_numpy(array, self.device, 0)

@@ -9,6 +9,7 @@ Does not read other safetensors files, does not write, and does not follow a fil
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, Literal
@@ -18,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import BundleError
+from runtime.text import Prompt, PromptSpec
 
-__all__ = ["EmbeddingTable"]
+__all__ = ["EmbeddingTable", "prompt_rows"]
 
 _HEADER_LIMIT = 1 << 16  # bytes; a header of one tensor has about a hundred
 _STORED: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
@@ -87,6 +89,21 @@ class EmbeddingTable:
         if self.dtype == "BF16":  # the upper half of a f32
             return (rows.astype(np.uint32) << 16).view(np.float32)
         return rows.astype(np.float32, copy=False)
+
+
+def prompt_rows(
+    lookup: Callable[[NDArray[np.int64]], NDArray[np.float32]],
+    prompt: Prompt,
+    spec: PromptSpec,
+    visual: NDArray[np.float32],
+) -> NDArray[np.float32]:
+    """A prompt's embeddings (S, D), with ``visual`` (rows, D) in place of its placeholders or added to theirs."""
+    rows = lookup(prompt.table_rows)
+    if spec.merge == "replace":
+        rows[prompt.visual_positions] = visual
+    else:
+        rows[prompt.visual_positions] += visual
+    return rows
 
 
 def _read_header(file: BufferedReader) -> tuple[_Tensor, int]:

@@ -1,8 +1,8 @@
 """``VideoQA``: a bundle that answers questions about videos.
 
-The video's way: frames -> pixel values -> vision -> SVR, kept in a ``Video``. The question's way: tokens -> LinVT's
-aggregation -> rows in the prompt -> prefill -> one token after the other. A second question about a ``Video`` takes the
-second way only.
+The video's way: frames -> pixel values -> vision -> SVR, kept in a ``Video``; pictures go as far as vision and are kept
+in ``Images``. The question's way: tokens -> LinVT's aggregation -> rows in the prompt -> prefill -> one token after the
+other. A second question about the same takes the second way only.
 
 Knows no inference library (``backend``), no container format (``video``) and no command line (``run``).
 """
@@ -10,8 +10,8 @@ Knows no inference library (``backend``), no container format (``video``) and no
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 
@@ -22,40 +22,21 @@ from runtime.answer import Answer, FinishReason, Progress, Stopwatch, Stream
 from runtime.backend import Array, Backend, BackendName, open_backend
 from runtime.bundle import Bundle
 from runtime.detokenize import Detokenizer
-from runtime.embedding import EmbeddingTable
+from runtime.embedding import EmbeddingTable, prompt_rows
 from runtime.errors import BackendError, BundleError, OptionError, QuestionError
 from runtime.options import GenerationOptions, Sampling
-from runtime.preprocess import pixel_values_from_frames
+from runtime.positions import next_positions
+from runtime.preprocess import vision_feeds
 from runtime.sample import Sampler
-from runtime.text import Prompt, PromptBuilder
+from runtime.seen import Images, Seen, Video, visuals_of
+from runtime.text import Prompt, PromptBuilder, Turn, Visuals
 from runtime.video import FrameChoice, choose, open_source
-from runtime.video.source import VideoLike
+from runtime.video.images import picture
+from runtime.video.source import ImageLike, VideoLike
 
-__all__ = ["Video", "VideoQA"]
+__all__ = ["Images", "Video", "VideoQA"]
 
 FRAME_BATCH = 4  # frames decoded, resized and sent through vision together
-
-
-@dataclass(frozen=True, eq=False)
-class Video:
-    """What is kept of a video: everything that does not depend on a question.
-
-    Attributes:
-        timestamps: (T,) float64, seconds of the frames that were used.
-        features: (1, M, D) f32 with LinVT, (1, T * N, D) f32 without.
-        milliseconds: time spent per stage.
-        bundle: identity of the bundle that made the features.
-    """
-
-    timestamps: NDArray[np.float64]
-    features: NDArray[np.float32]
-    milliseconds: dict[str, float]
-    bundle: str = field(repr=False)
-
-    @property
-    def frames(self) -> int:
-        """T, the number of frames that were used."""
-        return len(self.timestamps)
 
 
 class VideoQA:
@@ -96,7 +77,8 @@ class VideoQA:
         """
         checked = Bundle.open(bundle, verify=verify)
         template = read_text(checked.path("chat_template.jinja"))
-        prompts = PromptBuilder(checked.path("tokenizer.json"), template, checked.manifest.prompt)
+        manifest = checked.manifest
+        prompts = PromptBuilder(checked.path("tokenizer.json"), template, manifest.prompt, manifest.positions)
         table = EmbeddingTable.open(checked.path("embedding.safetensors"))
         check_table(table, checked)
         return cls(checked, open_backend(checked, backend, threads=threads), prompts, table)
@@ -149,8 +131,41 @@ class VideoQA:
             indices = self.choose_frames(source, opened.timestamps, choice)
             timestamps = opened.timestamps[indices]
             tokens = self.frame_tokens(opened.frames(indices), len(indices), watch)
-        features = self.refine(tokens, watch)
-        return Video(timestamps, features, watch.milliseconds, self.bundle.identity)
+        return Video(
+            timestamps=timestamps,
+            features=self.refine(tokens, watch),
+            milliseconds=watch.milliseconds,
+            bundle=self.bundle.identity,
+        )
+
+    def images(self, images: ImageLike | Sequence[ImageLike]) -> Images:
+        """Look at one picture or several, for any number of questions; LinVT is not asked.
+
+        Each picture goes through the vision encoder once, at the size it has for a frame.
+
+        Args:
+            images: files, their bytes, or (H, W, 3) uint8 RGB arrays.
+
+        Raises:
+            VideoError: a picture cannot be read.
+            OptionError: no picture at all.
+        """
+        self.check_open()
+        watch = Stopwatch()
+        single = isinstance(images, str | os.PathLike | bytes | np.ndarray)
+        pictures: Sequence[ImageLike] = [images] if single else list(images)  # type: ignore[list-item, arg-type]
+        if not pictures:
+            raise OptionError("no picture was given; give at least one")
+        group = self.bundle.manifest.frames.group
+        with watch("decode_images"):
+            frames = (frame for image in pictures for frame in [picture(image)] * group)
+            tokens = self.frame_tokens(frames, len(pictures) * group, watch)
+        return Images(
+            count=len(pictures),
+            features=tokens.reshape(1, -1, tokens.shape[-1]),
+            milliseconds=watch.milliseconds,
+            bundle=self.bundle.identity,
+        )
 
     def choose_frames(
         self, source: VideoLike, timestamps: NDArray[np.float64], choice: FrameChoice
@@ -162,16 +177,16 @@ class VideoQA:
             return np.arange(count)
         return choose(timestamps, choice, minimum=spec.minimum, default=spec.default, maximum=spec.maximum)
 
-    def frame_tokens(self, frames: Iterator[NDArray[np.uint8]], count: int, watch: Stopwatch) -> NDArray[np.float32]:
-        """Frames, one batch in memory at a time -> tokens (1, T, N, D)."""
+    def frame_tokens(self, frames: Iterable[NDArray[np.uint8]], count: int, watch: Stopwatch) -> NDArray[np.float32]:
+        """Frames, one batch in memory at a time -> tokens (1, T, N, D), a set for every group of frames."""
         manifest = self.bundle.manifest
-        tokens = np.empty((1, count, manifest.frames.tokens, manifest.width), np.float32)
-        for start in range(0, count, FRAME_BATCH):
-            batch = [next(frames) for _ in range(min(FRAME_BATCH, count - start))]
+        spec = manifest.frames
+        tokens = np.empty((1, spec.sets(count), spec.tokens, manifest.width), np.float32)
+        for start, batch in batches(frames, spec.group):
             with watch("preprocess"):
-                pixel_values = pixel_values_from_frames(batch, manifest.preprocess)
-            outputs = self.run("vision", {"pixel_values": pixel_values}, watch)
-            tokens[0, start : start + len(batch)] = outputs["tokens"]
+                feeds = vision_feeds(batch, manifest.preprocess)
+            outputs = self.run("vision", feeds, watch)
+            tokens[0, start : start + len(batch) // spec.group] = outputs["tokens"]
         return tokens
 
     def refine(self, tokens: NDArray[np.float32], watch: Stopwatch) -> NDArray[np.float32]:
@@ -188,17 +203,35 @@ class VideoQA:
         with watch(stage):
             return graph.run(feeds)
 
-    def ask(self, video: Video | VideoLike, question: str, options: GenerationOptions | None = None) -> Answer:
-        """Answer a question; raises what ``video`` and ``stream`` raise."""
-        return self.stream(video, question, options).answer
+    def ask(
+        self,
+        seen: Seen | VideoLike,
+        question: str,
+        options: GenerationOptions | None = None,
+        *,
+        system: str | None = None,
+        history: Sequence[Turn] = (),
+    ) -> Answer:
+        """Answer a question; arguments and errors are those of ``video`` and ``stream``."""
+        return self.stream(seen, question, options, system=system, history=history).answer
 
-    def stream(self, video: Video | VideoLike, question: str, options: GenerationOptions | None = None) -> Stream:
+    def stream(
+        self,
+        seen: Seen | VideoLike,
+        question: str,
+        options: GenerationOptions | None = None,
+        *,
+        system: str | None = None,
+        history: Sequence[Turn] = (),
+    ) -> Stream:
         """Answer a question piece by piece.
 
         Args:
-            video: from ``video``, or what ``video`` takes as its source.
+            seen: from ``video`` or ``images``, or what ``video`` takes as its source.
             question: plain text.
             options: how to generate; the bundle's defaults hold for what is None.
+            system: in place of the model's own system text.
+            history: earlier questions about the same and their answers, oldest first.
 
         Returns:
             An iterator of text pieces that never cut a character; its ``answer`` is whole after the last piece.
@@ -209,37 +242,36 @@ class VideoQA:
         """
         self.check_open()
         sampling = (options or GenerationOptions()).resolve(self.bundle.manifest.generation)
-        self.prompts.check(question)
+        self.prompts.check(question, system=system, history=history)
         watch = Stopwatch()
-        if isinstance(video, Video):
-            seen = video
-        else:
-            seen = self.video(video)
+        if not isinstance(seen, Seen):
+            seen = self.video(seen)
             watch = Stopwatch(dict(seen.milliseconds))
         if seen.bundle != self.bundle.identity:
             raise OptionError("this Video was made with another bundle; make it again with this one's video()")
         with watch("prompt"):
-            prompt = self.prompt(question, seen.frames)
+            prompt = self.prompt(question, visuals_of(seen, self.bundle.manifest), system=system, history=history)
         progress = Progress([])
         pieces = self.generate(prompt, seen, sampling, watch, progress)
         return Stream(pieces, progress, lambda text, done: finished(text, done, prompt, seen, watch))
 
-    def prompt(self, question: str, frames: int) -> Prompt:
-        """Tokenise a question about so many frames; it must leave room for an answer in the context."""
-        manifest = self.bundle.manifest
-        rows = manifest.visual_rows(frames)
-        tokens = rows if manifest.linvt else manifest.frames.tokens
-        prompt = self.prompts.build(question, frames=frames, tokens=tokens, rows=rows)
+    def prompt(
+        self, question: str, visuals: Visuals, *, system: str | None = None, history: Sequence[Turn] = ()
+    ) -> Prompt:
+        """Tokenise a question about what was seen; it must leave room for an answer in the context."""
+        context = self.bundle.manifest.context
+        prompt = self.prompts.build(question, visuals, system=system, history=history)
         length = len(prompt.input_ids)
-        if length >= manifest.context:
+        if length >= context:
+            fewer = {"image": " or take fewer pictures", "video": " or take fewer frames"}[visuals.kind]
             raise QuestionError(
-                f"question and video make {length} tokens, the model's context holds {manifest.context} with the "
-                "answer; shorten the question" + ("" if manifest.linvt else " or take fewer frames")
+                f"question and {visuals.kind} make {length} tokens, the model's context holds {context} with the "
+                f"answer; shorten the question{fewer if visuals.on_grid else ''}"
             )
         return prompt
 
     def generate(
-        self, prompt: Prompt, video: Video, sampling: Sampling, watch: Stopwatch, progress: Progress
+        self, prompt: Prompt, seen: Seen, sampling: Sampling, watch: Stopwatch, progress: Progress
     ) -> Iterator[str]:
         """Prefill, then one token after the other until a stop token, the limit or the context's end."""
         length = len(prompt.input_ids)
@@ -247,11 +279,13 @@ class VideoQA:
         stops = () if sampling.ignore_eos else self.bundle.manifest.prompt.stop_ids
         sampler, text = Sampler(sampling), Detokenizer(self.prompts.tokenizer)
         with watch("prompt"):
-            embeds = self.prompt_rows(prompt, video, watch)
+            visual = self.visual_rows(prompt, seen, watch)
+            embeds = prompt_rows(self.table.rows, prompt, self.bundle.manifest.prompt, visual)
         with watch("load"):
             decoder = self.backend.decoder(length + limit)
         with watch("prefill"):
-            token = sampler.next(decoder.step(embeds))
+            token = sampler.next(decoder.step(embeds, prompt.position_ids))
+        position = next_positions(prompt.position_ids)
         progress.first_token_ms = sum(watch.milliseconds.values())
         reason: FinishReason = "length"
         while True:
@@ -265,30 +299,37 @@ class VideoQA:
                 break
             self.check_open()
             with watch("decode"):
-                token = sampler.next(decoder.step(self.table.rows(np.array([token]))))
+                token = sampler.next(decoder.step(self.table.rows(np.array([token])), position))
+            position += 1
         if piece := text.flush():
             yield piece
         progress.finish_reason = reason
 
-    def prompt_rows(self, prompt: Prompt, video: Video, watch: Stopwatch) -> NDArray[np.float32]:
-        """The prompt's embeddings (S, D) with the video's rows in their places."""
-        ids = prompt.input_ids.copy()
-        ids[prompt.visual_positions] = 0  # the placeholder's own id may lie outside the table
-        rows = self.table.rows(ids)
-        rows[prompt.visual_positions] = self.visual_rows(prompt, video, watch)
-        return rows
-
-    def visual_rows(self, prompt: Prompt, video: Video, watch: Stopwatch) -> NDArray[np.float32]:
-        """What the LLM sees of the video: (Q, D) with LinVT, (T * N, D) without."""
-        if self.bundle.manifest.linvt is None:
-            kept: NDArray[np.float32] = video.features[0]
+    def visual_rows(self, prompt: Prompt, seen: Seen, watch: Stopwatch) -> NDArray[np.float32]:
+        """What the LLM sees: (Q, D) of a video with LinVT, (sets * N, D) otherwise."""
+        if isinstance(seen, Images) or self.bundle.manifest.linvt is None:
+            kept: NDArray[np.float32] = seen.features[0]
             return kept
-        feeds = {"visual": video.features, "text": self.table.rows(prompt.text_ids)[None]}
+        feeds = {"visual": seen.features, "text": self.table.rows(prompt.text_ids)[None]}
         tokens: NDArray[np.float32] = self.run("aggregate", feeds, watch)["tokens"][0]
         return tokens
 
 
-def finished(text: str, progress: Progress, prompt: Prompt, video: Video, watch: Stopwatch) -> Answer:
+def batches(frames: Iterable[NDArray[np.uint8]], group: int) -> Iterator[tuple[int, list[NDArray[np.uint8]]]]:
+    """Whole groups of frames, about ``FRAME_BATCH`` frames at a time, each with the number of its first group.
+
+    The last frame is repeated where it ends an incomplete group.
+    """
+    size = group * max(1, FRAME_BATCH // group)
+    rest = iter(frames)
+    start = 0
+    while batch := list(islice(rest, size)):
+        batch += [batch[-1]] * (-len(batch) % group)
+        yield start, batch
+        start += len(batch) // group
+
+
+def finished(text: str, progress: Progress, prompt: Prompt, seen: Seen, watch: Stopwatch) -> Answer:
     """Put an answer together."""
     assert progress.finish_reason is not None
     after_first = len(progress.token_ids) - 1 + (progress.finish_reason == "stop")
@@ -298,7 +339,7 @@ def finished(text: str, progress: Progress, prompt: Prompt, video: Video, watch:
         token_ids=tuple(progress.token_ids),
         finish_reason=progress.finish_reason,
         prompt_tokens=len(prompt.input_ids),
-        frame_timestamps=tuple(video.timestamps.tolist()),
+        frame_timestamps=tuple(seen.timestamps.tolist()) if isinstance(seen, Video) else (),
         milliseconds=dict(watch.milliseconds),
         first_token_ms=progress.first_token_ms,
         tokens_per_second=after_first / seconds if seconds else 0.0,

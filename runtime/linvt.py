@@ -86,7 +86,7 @@ class LinVTConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return pooled_length(self.top_k, self.pool_scales)
 
     def min_frames(self, tokens_per_frame: int) -> int:
-        """Fewest frames that hold ``top_k`` tokens of ``tokens_per_frame`` each."""
+        """Fewest frames, or groups of them, that hold ``top_k`` tokens of ``tokens_per_frame`` each."""
         return math.ceil(self.top_k / tokens_per_frame)
 
 

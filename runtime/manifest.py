@@ -8,6 +8,7 @@ Reads and writes bytes only; ``bundle`` looks at the files the manifest names.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -17,6 +18,7 @@ import msgspec
 from runtime.errors import BundleError
 from runtime.linvt import LinVTConfig
 from runtime.options import GenerationDefaults
+from runtime.positions import PositionSpec
 from runtime.preprocess import Preprocess
 from runtime.text import PromptSpec
 
@@ -34,7 +36,7 @@ __all__ = [
 ]
 
 FORMAT = "linvt-bundle"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 JSON_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)  # what decoding untrusted JSON raises
 
 MAX_FRAMES = 2**16
@@ -71,16 +73,28 @@ class StageSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class FrameSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How many frames the model takes, and N, the tokens a frame becomes."""
+    """How many frames the model takes, and what they become.
+
+    Attributes:
+        tokens: N, tokens of one set.
+        group: frames that become one set of tokens together; the last frame fills up an incomplete group.
+    """
 
     minimum: int
     default: int
     maximum: int
     tokens: int
+    group: int = 1
 
     def __post_init__(self) -> None:
-        if not 1 <= self.minimum <= self.default <= self.maximum <= MAX_FRAMES or self.tokens < 1:
-            raise ValueError(f"frames must satisfy 1 <= minimum <= default <= maximum <= {MAX_FRAMES}, tokens >= 1")
+        if not 1 <= self.minimum <= self.default <= self.maximum <= MAX_FRAMES or min(self.tokens, self.group) < 1:
+            raise ValueError(
+                f"frames must satisfy 1 <= minimum <= default <= maximum <= {MAX_FRAMES}, tokens and group >= 1"
+            )
+
+    def sets(self, frames: int) -> int:
+        """T, the number of sets of tokens that so many frames become."""
+        return math.ceil(frames / self.group)
 
 
 class FileSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -105,6 +119,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         layers, heads_kv, head_dim: shape of the KV cache.
         stages: by name: vision, decode, and with LinVT refine and aggregate.
         files: by path inside the bundle.
+        route: whether frames are encoded as pictures, or as the family encodes videos.
         provenance: where it came from; shown, never acted on.
     """
 
@@ -119,8 +134,10 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     head_dim: int
     stages: dict[str, StageSpec]
     frames: FrameSpec
+    route: Literal["images", "video"] = "images"
     preprocess: Preprocess
     prompt: PromptSpec
+    positions: PositionSpec
     generation: GenerationDefaults
     files: dict[str, FileSpec]
     provenance: dict[str, Any] = {}
@@ -136,10 +153,6 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
             check_linvt(self.linvt, self.width, self.frames)
         check_stages(self)
 
-    def visual_rows(self, frames: int) -> int:
-        """Rows of the prompt that hold the video: Q with LinVT, frames * N without."""
-        return self.linvt.queries if self.linvt else frames * self.frames.tokens
-
 
 class Header(msgspec.Struct):
     """The two fields that every format version has."""
@@ -152,10 +165,10 @@ def check_linvt(linvt: LinVTConfig, width: int, frames: FrameSpec) -> None:
     """LinVT, the LLM and the frame counts fit together."""
     if linvt.width != width:
         raise ValueError(f"LinVT has width {linvt.width}, the LLM {width}")
-    least = linvt.min_frames(frames.tokens)
+    least = (linvt.min_frames(frames.tokens) - 1) * frames.group + 1
     if frames.minimum < least:
         raise ValueError(f"LinVT's top_k {linvt.top_k} needs at least {least} frames, the minimum is {frames.minimum}")
-    fits_positions = linvt.tokens_per_frame == frames.tokens and linvt.max_frames >= frames.maximum
+    fits_positions = linvt.tokens_per_frame == frames.tokens and linvt.max_frames >= frames.sets(frames.maximum)
     if linvt.positions == "absolute" and not fits_positions:
         raise ValueError("LinVT's positions are not those of the frames and the tokens per frame")
 
@@ -192,9 +205,12 @@ def contract(manifest: Manifest, stage: str) -> Iterator[tuple[str, list[int | s
     tokens, width = manifest.frames.tokens, manifest.width
     if stage == "vision":
         yield "pixel_values", ["frames", 3, *manifest.preprocess.size]
+        if manifest.preprocess.mask_patch:
+            yield "pixel_mask", ["frames", manifest.preprocess.mask_patches]
         yield "tokens", ["frames", tokens, width]
     elif stage == "decode":
         yield "inputs_embeds", [1, "sequence", width]
+        yield "position_ids", [1, "sequence"] if manifest.positions.axes == 1 else [3, 1, "sequence"]
         yield "write_index", [1]
         yield "logits", [1, "vocabulary"]
         for layer in range(manifest.layers):

@@ -1,4 +1,4 @@
-"""``python -m runtime.run [BUNDLE VIDEO QUESTION]``: answer a question about a video.
+"""``python -m runtime.run [BUNDLE VIDEO QUESTION]``: answer a question about a video, or about pictures.
 
 Without arguments the bundled demo answers about the bundled sample. The answer goes to stdout as it is
 generated, a line of timings to stderr; ``--json`` prints one object instead.
@@ -16,8 +16,9 @@ from pathlib import Path
 from runtime.answer import Answer
 from runtime.bundle import DEMO
 from runtime.cli import Parser, add_backend_options, ascii_json, guarded, printable
-from runtime.engine import Video, VideoQA
+from runtime.engine import VideoQA
 from runtime.options import GenerationOptions
+from runtime.seen import Images, Seen
 
 __all__ = ["main"]
 
@@ -41,24 +42,40 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(argv: list[str] | None) -> RunConfig:
     """Command line -> configuration."""
-    parser = Parser(PROGRAM, description="Answer a question about a video with an exported bundle.")
+    parser = Parser(PROGRAM, description="Answer a question about a video, or pictures, with an exported bundle.")
     parser.add_argument("bundle", nargs="?", default=DEMO, help="bundle folder, or demo (default)")
     parser.add_argument("video", nargs="?", help="video file or folder of images; default: the bundled sample")
     parser.add_argument("question", nargs="?", help="plain text")
+    parser.add_argument(
+        "--image", action="append", metavar="FILE", help="ask about this picture instead: BUNDLE QUESTION; repeatable"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="in place of the model's own system text")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("-v", "--verbose", action="store_true", help="say what is used and where time goes")
     add_video_options(parser)
     names = add_generation_options(parser)
     add_backend_options(parser)
     arguments = parser.parse_args(argv)
-    if arguments.video is not None and arguments.question is None:
-        parser.error("a VIDEO needs a QUESTION, as in: BUNDLE VIDEO QUESTION, where BUNDLE may be demo")
-    if arguments.video is None and arguments.bundle != DEMO:
-        parser.error("a BUNDLE needs a VIDEO and a QUESTION")
-    if arguments.question is not None:
-        arguments.question = text_from_argument(arguments.question)
+    check_positionals(parser, arguments)
+    for name in ("question", "system"):
+        if getattr(arguments, name) is not None:
+            setattr(arguments, name, text_from_argument(getattr(arguments, name)))
     options = {name: getattr(arguments, name) for name in names}
     return RunConfig(arguments, GenerationOptions(**options))
+
+
+def check_positionals(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """BUNDLE VIDEO QUESTION, or BUNDLE QUESTION with pictures, or nothing."""
+    if arguments.image:
+        if arguments.question is not None or arguments.video is None:
+            parser.error("with --image the arguments are BUNDLE QUESTION")
+        if any(getattr(arguments, name) is not None for name in ("frames", "fps", "start", "end")):
+            parser.error("--frames, --fps, --start and --end are about a VIDEO, not about --image")
+        arguments.question, arguments.video = arguments.video, None
+    elif arguments.video is not None and arguments.question is None:
+        parser.error("a VIDEO needs a QUESTION, as in: BUNDLE VIDEO QUESTION, where BUNDLE may be demo")
+    elif arguments.video is None and arguments.bundle != DEMO:
+        parser.error("a BUNDLE needs a VIDEO and a QUESTION")
 
 
 def text_from_argument(argument: str) -> str:
@@ -101,29 +118,36 @@ def run(config: RunConfig) -> int:
         arguments.bundle, backend=arguments.backend, threads=arguments.threads, verify=arguments.verify
     ) as qa:
         question = SAMPLE_QUESTION if arguments.question is None else arguments.question
-        qa.prompts.check(question)
+        qa.prompts.check(question, system=arguments.system)
         if arguments.verbose:
             note_settings(qa, config)
-        if arguments.video is None and not arguments.json:
-            print(f"{SAMPLE.name}: {question}", file=sys.stderr)
-        video = qa.video(
-            SAMPLE if arguments.video is None else arguments.video,
-            frames=arguments.frames,
-            fps=arguments.fps,
-            start=arguments.start,
-            end=arguments.end,
-        )
-        answer = print_answer(qa, video, question, config)
+        seen = look(qa, arguments, question)
+        answer = print_answer(qa, seen, question, config)
     if not arguments.json:
-        print(timings(answer, video), file=sys.stderr)
+        print(timings(answer, seen), file=sys.stderr)
     return 0
 
 
-def print_answer(qa: VideoQA, video: Video, question: str, config: RunConfig) -> Answer:
+def look(qa: VideoQA, arguments: argparse.Namespace, question: str) -> Seen:
+    """The pictures or the video."""
+    if arguments.image:
+        return qa.images(arguments.image)
+    if arguments.video is None and not arguments.json:
+        print(f"{SAMPLE.name}: {question}", file=sys.stderr)
+    return qa.video(
+        SAMPLE if arguments.video is None else arguments.video,
+        frames=arguments.frames,
+        fps=arguments.fps,
+        start=arguments.start,
+        end=arguments.end,
+    )
+
+
+def print_answer(qa: VideoQA, seen: Seen, question: str, config: RunConfig) -> Answer:
     """The answer as text while it comes, or as one JSON object."""
-    stream = qa.stream(video, question, config.generation)
+    stream = qa.stream(seen, question, config.generation, system=config.arguments.system)
     if config.arguments.json:
-        print(json_text(stream.answer, video, qa.backend.name))
+        print(json_text(stream.answer, seen, qa.backend.name))
         return stream.answer
     for piece in stream:
         print(printable(piece, kept="\n\t"), end="", flush=True)
@@ -131,7 +155,7 @@ def print_answer(qa: VideoQA, video: Video, question: str, config: RunConfig) ->
     return stream.answer
 
 
-def json_text(answer: Answer, video: Video, backend: str) -> str:
+def json_text(answer: Answer, seen: Seen, backend: str) -> str:
     """One JSON object."""
     content = {
         "answer": answer.text,
@@ -139,28 +163,29 @@ def json_text(answer: Answer, video: Video, backend: str) -> str:
         "finish_reason": answer.finish_reason,
         "frame_timestamps": answer.frame_timestamps,
         "prompt_tokens": answer.prompt_tokens,
-        "milliseconds": rounded(all_milliseconds(answer, video)),
-        "first_token_ms": round(sum(video.milliseconds.values()) + answer.first_token_ms, 3),
+        "milliseconds": rounded(all_milliseconds(answer, seen)),
+        "first_token_ms": round(sum(seen.milliseconds.values()) + answer.first_token_ms, 3),
         "tokens_per_second": round(answer.tokens_per_second, 3),
         "backend": backend,
     }
     return ascii_json(content)
 
 
-def all_milliseconds(answer: Answer, video: Video) -> dict[str, float]:
-    """Per stage, of the video and of the question together."""
-    total = dict(video.milliseconds)
+def all_milliseconds(answer: Answer, seen: Seen) -> dict[str, float]:
+    """Per stage, of the video or the pictures and of the question together."""
+    total = dict(seen.milliseconds)
     for stage, took in answer.milliseconds.items():
         total[stage] = total.get(stage, 0.0) + took
     return total
 
 
-def timings(answer: Answer, video: Video) -> str:
+def timings(answer: Answer, seen: Seen) -> str:
     """One line: where the time went."""
-    stages = rounded(all_milliseconds(answer, video), 1)
-    first = sum(video.milliseconds.values()) + answer.first_token_ms
+    stages = rounded(all_milliseconds(answer, seen), 1)
+    first = sum(seen.milliseconds.values()) + answer.first_token_ms
+    kind, count = ("image", seen.count) if isinstance(seen, Images) else ("frame", len(answer.frame_timestamps))
     return (
-        f"[{len(answer.frame_timestamps)} frames | "
+        f"[{count} {kind}{'s' if count > 1 else ''} | "
         + " ".join(f"{stage} {took}" for stage, took in stages.items())
         + f" ms | first token {first:.0f} ms | {len(answer.token_ids)} tokens, {answer.tokens_per_second:.0f}/s]"
     )

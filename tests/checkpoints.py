@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from export.checkpoint import Checkpoint
-from export.convert import choose_linvt, frame_spec, load_decoder, load_linvt
+from export.convert import choose_linvt, frame_spec, load_decoder, load_linvt, load_table
 from export.families import backbone_from_checkpoint
 from export.load import load_module
 from export.tokenizer import generation_defaults, stop_ids, tokenizer_from_checkpoint
@@ -50,6 +50,7 @@ def parts_of(source: Path, linvt: str | None = None) -> dict[str, nn.Module]:
     tokenizer = tokenizer_from_checkpoint(checkpoint, backbone.prompt)
     stop_ids(checkpoint, tokenizer, backbone.prompt.end_token)
     generation_defaults(checkpoint)
+    load_table(checkpoint, backbone)
     checkpoint.fingerprint()
     parts: dict[str, nn.Module] = {
         "vision": load_module(backbone.vision, checkpoint.tensors, backbone.vision_names),

@@ -14,6 +14,7 @@ from export.connector.pixel_shuffle import pixel_shuffle
 from export.decoder import Decoder, DecoderConfig, KVCache
 from export.families import backbone_from_checkpoint
 from export.load import load_module
+from export.rotary import RotaryConfig
 from export.vision.internvit import InternViT, InternViTConfig
 from tests.conftest import GOLDEN, Recorded
 
@@ -37,7 +38,7 @@ def vision_of(name: str) -> torch.nn.Module:
 def decoder_of(name: str) -> Decoder:
     checkpoint = Checkpoint.open(GOLDEN / name)
     backbone = backbone_from_checkpoint(checkpoint)
-    return load_module(lambda: Decoder(backbone.decoder), checkpoint.tensors, backbone.decoder_names)
+    return load_module(lambda: Decoder(backbone.llm.config), checkpoint.tensors, backbone.llm.names)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -72,8 +73,8 @@ def test_decoder_reproduces_every_recorded_stage(name: str, recorded: Load) -> N
         assert largest(decoder(embeds, positions), arrays["logits"]) < 1e-4
 
 
-@pytest.mark.parametrize(("heads", "heads_kv", "tied"), [(4, 2, False), (6, 1, True), (3, 3, False)])
-def test_decoder_is_the_qwen2_of_transformers(heads: int, heads_kv: int, tied: bool) -> None:
+@pytest.mark.parametrize(("heads", "heads_kv"), [(4, 2), (6, 1), (3, 3)])
+def test_decoder_is_the_qwen2_of_transformers(heads: int, heads_kv: int) -> None:
     config = Qwen2Config(
         vocab_size=97,
         hidden_size=heads * 8,
@@ -82,15 +83,17 @@ def test_decoder_is_the_qwen2_of_transformers(heads: int, heads_kv: int, tied: b
         num_attention_heads=heads,
         num_key_value_heads=heads_kv,
         rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
-        tie_word_embeddings=tied,
+        tie_word_embeddings=False,
         attn_implementation="eager",
     )
     theirs = Qwen2ForCausalLM(config).eval()
-    ours = Decoder(DecoderConfig(97, heads * 8, 3, heads, heads_kv, 8, 40, 5000.0, 64, tied=tied)).eval()
+    ours = Decoder(DecoderConfig(97, heads * 8, 3, heads, heads_kv, 8, 40, RotaryConfig(5000.0, 8), 64)).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
-        ours.load_state_dict(theirs.state_dict())
+        state = theirs.state_dict()
+        del state["model.embed_tokens.weight"]
+        ours.load_state_dict(state)
         embeds, positions = torch.randn(1, 23, heads * 8), torch.arange(23)[None]
         expected = theirs(inputs_embeds=embeds, position_ids=positions).logits
         assert largest(ours(embeds, positions), expected.numpy()) < 1e-4
@@ -114,7 +117,7 @@ def test_a_step_over_the_cache_is_the_whole_sequence(recorded: Load) -> None:
 
 
 def test_padded_rows_do_not_count() -> None:
-    decoder = Decoder(DecoderConfig(31, 16, 2, 2, 1, 8, 24, 1e4, 64)).eval()
+    decoder = Decoder(DecoderConfig(31, 16, 2, 2, 1, 8, 24, RotaryConfig(1e4, 8), 64)).eval()
     embeds, positions = torch.randn(2, 9, 16), torch.arange(9).expand(2, 9)
     mask = torch.ones(2, 9, dtype=torch.bool)
     mask[1, 6:] = False

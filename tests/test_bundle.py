@@ -73,7 +73,7 @@ def test_a_manifest_that_is_no_file(copied: Path) -> None:
 # Manifests
 
 
-HEAD = '{"format": "linvt-bundle", "format_version": 1'
+HEAD = '{"format": "linvt-bundle", "format_version": 2'
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ HEAD = '{"format": "linvt-bundle", "format_version": 1'
         (f'{HEAD}, "provenance": {"[" * 10**5}'.encode(), "is not a LinVT manifest"),
         (b'{"format": "gguf", "format_version": 1}', "has format 'gguf', expected 'linvt-bundle'"),
         (f'{{"format": "{"x" * 10**5}", "format_version": 1}}'.encode(), "has format 'xxx"),
-        (b'{"format": "linvt-bundle", "format_version": 2}', "format version 2, this release reads 1"),
+        (b'{"format": "linvt-bundle", "format_version": 1}', "format version 1, this release reads 2"),
         (b'{"format": "linvt-bundle", "format_version": "1"}', "Expected `int`, got `str`"),
         (f"{HEAD}}}".encode(), "missing required field `family`"),
         (f'{HEAD}, "family": "'.encode() + b'\xff"}', "bundle.json"),
@@ -135,6 +135,17 @@ WRONG = [
     ("linvt", None, "stages must be ['decode', 'vision']"),
     ("preprocess/size", [112, 56], "expected ['frames', 3, 112, 56]"),
     ("preprocess/std", [0, 1, 1], "std is"),
+    ("preprocess/fill", [0, 256, 0], "fill is"),
+    ("preprocess/fit", "letterbox", "bilinear"),
+    ("frames/group", 0, "group >= 1"),
+    ("frames/group", 2, "top_k 12 needs at least 5 frames, the minimum is 3"),
+    ("positions", {"axes": 3}, "position_ids is [1, 'sequence'], expected [3, 1, 'sequence']"),
+    ("positions", {"axes": 2}, "at `$.positions"),
+    ("positions", {"axes": 3, "grid": [0, 2]}, "a grid of at least one row and column"),
+    ("prompt/image_id", 5, "the files do not belong together"),
+    ("prompt/rows", {"<img>": -1}, "rows must be 0 or more"),
+    ("prompt/merge", "multiply", "Invalid enum value 'multiply'"),
+    ("route", "sound", "Invalid enum value 'sound'"),
     ("generation/temperature", 0, "temperature is 0.0; expected a finite number above 0"),
     ("prompt/stop_ids", [], "there must be a stop id"),
     ("prompt/visual_id", 5, "the files do not belong together"),

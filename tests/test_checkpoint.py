@@ -78,8 +78,9 @@ def test_quantised_weights_are_refused_by_name(folder: Path) -> None:
 def test_a_tied_output_head_need_not_be_stored(folder: Path) -> None:
     edit_json(folder / "config.json", "llm_config.tie_word_embeddings", True)
     rewrite(folder, lambda tensors: tensors.pop("language_model.lm_head.weight"))
-    decoder = parts_of(folder)["decoder"]
-    assert decoder.get_parameter("lm_head.weight") is decoder.get_parameter("model.embed_tokens.weight")
+    head = parts_of(folder)["decoder"].get_parameter("lm_head.weight")
+    table = load_file(folder / "model.safetensors")["language_model.model.embed_tokens.weight"]
+    assert torch.equal(head, table.float())
 
 
 @pytest.mark.parametrize("size", [0, 5, 100, 500_000])
@@ -90,7 +91,76 @@ def test_a_truncated_file_is_refused_by_name(folder: Path, size: int) -> None:
 
 def test_a_folder_without_weights_is_refused(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
-    assert "holds no *.safetensors" in refusal(folder)
+    assert "holds no *.safetensors and no pytorch_model*.bin" in refusal(folder)
+
+
+# --- pytorch_model files
+
+
+def unsafed(folder: Path, shards: int = 1) -> list[Path]:
+    """The weights as pytorch_model files, with an index when there are several."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    if shards == 1:
+        torch.save(tensors, folder / "pytorch_model.bin")
+        return [folder / "pytorch_model.bin"]
+    names = sorted(tensors)
+    files = [folder / f"pytorch_model-{index + 1:05}-of-{shards:05}.bin" for index in range(shards)]
+    for index, file in enumerate(files):
+        torch.save({name: tensors[name] for name in names[index::shards]}, file)
+    weight_map = {name: files[index % shards].name for index, name in enumerate(names)}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return files
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_pytorch_model_files_are_the_same_model(folder: Path, shards: int) -> None:
+    fingerprint = Checkpoint.open(folder).fingerprint()
+    unsafed(folder, shards)
+    assert_equal_parts(parts_of(folder), parts_of(WITH_LINVT))
+    assert Checkpoint.open(folder).fingerprint() == fingerprint
+
+
+def test_the_format_before_torch_1_6_is_read_too(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert_equal_parts(parts_of(folder), parts_of(WITH_LINVT))
+
+
+def test_safetensors_are_taken_where_both_are_there(folder: Path) -> None:
+    (folder / "pytorch_model.bin").write_bytes(b"something else")
+    (folder / "pytorch_model.bin.index.json").write_text("{}")
+    assert_equal_parts(parts_of(folder), parts_of(WITH_LINVT))
+
+
+def test_a_missing_pytorch_shard_is_named(folder: Path) -> None:
+    unsafed(folder, 2)[1].unlink()
+    assert "shard pytorch_model-00002-of-00002.bin is missing" in refusal(folder)
+
+
+class Harmful:
+    """What a pickle can do: run a function when it is read."""
+
+    def __reduce__(self) -> object:
+        return os.mkdir, ("harm",)
+
+
+@pytest.mark.parametrize("content", ["code", "list", "nested", "truncated", "text"])
+def test_a_pytorch_model_file_that_is_not_tensors_alone_is_refused(
+    folder: Path, content: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    (path,) = unsafed(folder)
+    contents = {"code": {"a": Harmful()}, "list": [torch.zeros(2)], "nested": {"model": {"a": torch.zeros(2)}}}
+    if content in contents:
+        torch.save(contents[content], path)
+    elif content == "truncated":
+        os.truncate(path, path.stat().st_size // 2)
+    else:
+        path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n" * 3)
+    assert "pytorch_model.bin" in refusal(folder)
+    assert not (folder / "harm").exists()
 
 
 # --- shards

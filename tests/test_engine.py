@@ -139,9 +139,9 @@ def test_only_what_questions_need_is_kept(qa: VideoQA, video: Video) -> None:
 
 def test_frames_are_decoded_batch_by_batch(qa: VideoQA, frames: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     batches = []
-    inner = runtime.engine.pixel_values_from_frames
+    inner = runtime.engine.vision_feeds
     monkeypatch.setattr(
-        runtime.engine, "pixel_values_from_frames", lambda batch, spec: batches.append(len(batch)) or inner(batch, spec)
+        runtime.engine, "vision_feeds", lambda batch, spec: batches.append(len(batch)) or inner(batch, spec)
     )
     qa.video(frames, frames=10)
     assert batches == [4, 4, 2]
@@ -292,7 +292,7 @@ def test_a_cache_that_grows_gives_the_same_tokens(
 
 def test_memory_is_taken_as_the_answer_grows(qa: VideoQA, video: Video) -> None:
     decoder = qa.backend.decoder(qa.bundle.manifest.context)
-    decoder.step(np.zeros((60, 48), np.float32))
+    decoder.step(np.zeros((60, 48), np.float32), np.arange(60)[None])
     assert decoder.room == 192  # type: ignore[attr-defined]
     stream = qa.stream(video, QUESTION, tokens(10**9))
     assert next(stream)

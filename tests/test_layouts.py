@@ -10,6 +10,8 @@ import pytest
 
 from runtime import GenerationOptions, VideoQA
 from runtime.answer import Stopwatch
+from runtime.embedding import prompt_rows
+from runtime.seen import visuals_of
 from tests.conftest import Recorded
 
 NAME = "linvt-internvl2-a"
@@ -34,9 +36,10 @@ def test_frames_and_question_give_the_recorded_answer(
     with VideoQA.open(export_bundle(NAME, **options)) as qa:
         video = qa.video(arrays["frames_u8"])
         question = str(arrays["question"])
-        prompt = qa.prompt(question, video.frames)
-        rows = qa.prompt_rows(prompt, video, Stopwatch())
-        found = qa.backend.decoder(len(rows)).step(rows)
+        prompt = qa.prompt(question, visuals_of(video, qa.bundle.manifest))
+        visual = qa.visual_rows(prompt, video, Stopwatch())
+        rows = prompt_rows(qa.table.rows, prompt, qa.bundle.manifest.prompt, visual)
+        found = qa.backend.decoder(len(rows)).step(rows, prompt.position_ids)
         difference = float(np.abs(found - arrays[logits][0, -1]).max())
         print(f"largest difference {difference:.2e}")
         assert difference < 1e-4

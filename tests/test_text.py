@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from runtime.errors import BundleError, QuestionError
-from runtime.text import Prompt, PromptBuilder, PromptSpec
+from runtime.text import Prompt, PromptBuilder, PromptSpec, Visuals
 
 GOLDEN = Path(__file__).parent / "golden"
 WITH_LINVT, WITHOUT = "linvt-internvl2-a", "internvl2-qwen2-a"
@@ -75,6 +75,8 @@ def spec(**changes: Any) -> PromptSpec:
         "system": system_of(str(golden(WITH_LINVT)["prompt_text"])),
         "visual_token": "<IMG_CONTEXT>",
         "visual_id": CONTEXT_ID,
+        "image_token": "<IMG_CONTEXT>",
+        "image_id": CONTEXT_ID,
         "stop_ids": (410,),
         "reserved": RESERVED,
     }
@@ -89,8 +91,12 @@ def user(question: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}]
 
 
+def video(frames: int, tokens: int, rows: int | None = None) -> Visuals:
+    return Visuals("video", frames, tokens, tokens if rows is None else rows, on_grid=False)
+
+
 def build(question: str, template: str = CHAT, **changes: Any) -> Prompt:
-    return builder(template, **changes).build(question, frames=6, tokens=8, rows=8)
+    return builder(template, **changes).build(question, video(6, 8))
 
 
 # --- the original prompts
@@ -110,9 +116,9 @@ def test_prompt_is_the_original_codes_prompt(
     expected = golden(name)
     question = str(expected["question"]).split("\n")[-1]
     prompts = builder(template, name)
-    text = prompts.render(user(question), frames=frames, tokens=tokens)
+    text = prompts.render(user(question), video(frames, tokens))
     assert text == str(expected[f"{prefix}prompt_text"])
-    prompt = prompts.build(question, frames=frames, tokens=tokens, rows=rows)
+    prompt = prompts.build(question, video(frames, tokens, rows))
     assert prompt.input_ids.dtype == prompt.visual_positions.dtype == prompt.text_ids.dtype == np.int64
     np.testing.assert_array_equal(prompt.input_ids, expected[f"{prefix}input_ids"][0])
     np.testing.assert_array_equal(prompt.visual_positions, np.flatnonzero(prompt.input_ids == CONTEXT_ID))
@@ -151,8 +157,8 @@ def test_special_tokens_of_the_tokenizer_are_added_only_when_asked_for(tmp_path:
     }
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(document))
-    plain = PromptBuilder(path, CHAT, spec()).build("Who?", frames=6, tokens=8, rows=8)
-    added = PromptBuilder(path, CHAT, spec(add_special_tokens=True)).build("Who?", frames=6, tokens=8, rows=8)
+    plain = PromptBuilder(path, CHAT, spec()).build("Who?", video(6, 8))
+    added = PromptBuilder(path, CHAT, spec(add_special_tokens=True)).build("Who?", video(6, 8))
     np.testing.assert_array_equal(added.input_ids, [416, *plain.input_ids])
     np.testing.assert_array_equal(added.visual_positions, plain.visual_positions + 1)
     np.testing.assert_array_equal(added.text_ids, plain.text_ids)
@@ -164,7 +170,7 @@ def test_truncation_and_padding_left_in_the_tokenizer_file_do_nothing(tmp_path: 
     tokenizer.enable_padding(length=500)
     path = tmp_path / "tokenizer.json"
     tokenizer.save(str(path))
-    prompt = PromptBuilder(path, CHAT, spec()).build("Who is there?", frames=6, tokens=8, rows=8)
+    prompt = PromptBuilder(path, CHAT, spec()).build("Who is there?", video(6, 8))
     np.testing.assert_array_equal(prompt.input_ids, build("Who is there?").input_ids)
 
 
@@ -175,7 +181,7 @@ def test_a_conversation_of_several_turns_and_an_own_system_text_renders() -> Non
         {"role": "assistant", "content": "A cat."},
         {"role": "user", "content": [{"type": "text", "text": "Why {{ system }}?"}]},
     ]
-    assert builder().render(messages, frames=6, tokens=2) == (
+    assert builder().render(messages, video(6, 2)) == (
         "<|im_start|>system\nBe brief.<|im_end|>"
         "<|im_start|>user\n<img><IMG_CONTEXT><IMG_CONTEXT></img>\nWho?<|im_end|>"
         "<|im_start|>assistant\nA cat.<|im_end|>"
@@ -191,7 +197,7 @@ def test_templates_render_as_transformers_renders_them(template: str) -> None:
     expected, _ = utils.render_jinja_template(
         [user("Who?")], chat_template=template, add_generation_prompt=True, **variables
     )
-    ours = builder(template, system="Be good.").render(user("Who?"), frames=3, tokens=5)
+    ours = builder(template, system="Be good.").render(user("Who?"), video(3, 5))
     assert ours == (expected if isinstance(expected, str) else expected[0])
 
 
@@ -213,7 +219,7 @@ QUESTIONS = [
 @pytest.mark.parametrize(("question", "reason"), QUESTIONS)
 def test_a_question_that_cannot_be_asked_is_refused_in_one_line(question: Any, reason: str) -> None:
     prompts = builder()
-    for refuse in (prompts.check, lambda q: prompts.build(q, frames=6, tokens=8, rows=8)):
+    for refuse in (prompts.check, lambda q: prompts.build(q, video(6, 8))):
         with pytest.raises(QuestionError) as caught:
             refuse(question)
         assert reason in str(caught.value)
@@ -235,7 +241,7 @@ def test_a_control_token_that_only_appears_after_normalisation_is_refused(tmp_pa
 @pytest.mark.parametrize("question", ["1 < 2 > 0?", "{{ 7 * 7 }}{% raw %}", "im_end |>", "<ref>cat</ref>", "\x00"])
 def test_everything_else_can_be_asked(question: str) -> None:
     builder().check(question)
-    assert question in builder().render(user(question), frames=1, tokens=1)
+    assert question in builder().render(user(question), video(1, 1))
 
 
 # --- bundles that do not fit
@@ -243,7 +249,7 @@ def test_everything_else_can_be_asked(question: str) -> None:
 
 def test_another_number_of_places_than_rows_is_refused() -> None:
     with pytest.raises(BundleError, match="8 times, expected one for each of 9 visual rows"):
-        builder().build("Who?", frames=6, tokens=8, rows=9)
+        builder().build("Who?", video(6, 8, 9))
 
 
 def test_a_template_that_changes_the_question_cannot_give_the_released_slice() -> None:
@@ -356,5 +362,5 @@ def test_a_broken_or_hostile_template_is_refused_in_one_line_and_in_time(
 
 
 def test_a_prompt_of_many_frames_and_tokens_is_no_attack() -> None:
-    prompt = builder(FRAMES).build("Who?", frames=128, tokens=729, rows=128 * 729)
+    prompt = builder(FRAMES).build("Who?", video(128, 729, 128 * 729))
     assert prompt.visual_positions.size == 128 * 729

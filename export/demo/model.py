@@ -17,6 +17,7 @@ from export.connector.pixel_shuffle import PixelShuffleMLP
 from export.decoder import Decoder, DecoderConfig, KVCache
 from export.linvt import TTA, LinVT, LinVTConfig
 from export.linvt.tta import TTALayer
+from export.rotary import RotaryConfig
 from export.vision.internvit import InternViT, InternViTConfig
 
 __all__ = ["DECODER", "LINVT", "VISION", "DemoModel", "Refined", "Rows", "decoder_config"]
@@ -45,7 +46,7 @@ DECODER = DecoderConfig(
     heads_kv=2,
     head_dim=40,
     mlp_width=432,
-    rope_theta=10000.0,
+    rotary=RotaryConfig(10000.0, 40),
     context=512,
 )
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -78,6 +79,19 @@ def decoder_config(vocab: int) -> DecoderConfig:
     return replace(DECODER, vocab=vocab)
 
 
+class LanguageModel(Decoder):
+    """The decoder with its embedding table, which is trained with it."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__(config)
+        self.model.embed_tokens = nn.Embedding(config.vocab, config.width)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Token ids (B, S) int64 -> (B, S, D)."""
+        rows: Tensor = self.model.get_submodule("embed_tokens")(input_ids)
+        return rows
+
+
 class DemoModel(nn.Module):
     """All trained parts; attribute names are those of the published prefixes where they have one."""
 
@@ -89,7 +103,7 @@ class DemoModel(nn.Module):
         self.vision_model = InternViT(VISION)
         self.connector = PixelShuffleMLP(VISION.width, LINVT.width)
         self.linvt = LinVT(LINVT)
-        self.language_model = Decoder(decoder)
+        self.language_model = LanguageModel(decoder)
         self.register_buffer("mean", torch.tensor(MEAN) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(STD) * 255, persistent=False)
 

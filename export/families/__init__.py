@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from export.checkpoint import Checkpoint
-from export.families.base import Backbone, Family, shortened
+from export.families.base import Backbone, Family, FrameRoute
 from export.families.internvl2 import INTERNVL2
+from export.fields import shortened
 from runtime.errors import CheckpointError
 
 __all__ = ["FAMILIES", "Backbone", "backbone_from_checkpoint"]
@@ -12,17 +13,36 @@ __all__ = ["FAMILIES", "Backbone", "backbone_from_checkpoint"]
 FAMILIES: tuple[Family, ...] = (INTERNVL2,)
 
 
-def backbone_from_checkpoint(checkpoint: Checkpoint) -> Backbone:
+def backbone_from_checkpoint(checkpoint: Checkpoint, route: FrameRoute | None = None) -> Backbone:
     """Find the family that recognises ``config.json`` and read its facts.
 
     Raises:
         CheckpointError: no family does; the message lists the known ones.
+        OptionError: the family has no choice of ``route``.
     """
+    if quantised := checkpoint.config.get("quantization_config"):
+        raise CheckpointError(
+            f"{checkpoint.folder}: config.json has quantization_config {shortened(quantised)}; quantised checkpoints "
+            "cannot be exported, give the original one"
+        )
     for family in FAMILIES:
         if family.recognises(checkpoint.config):
-            return family.backbone(checkpoint)
+            backbone = family.backbone(checkpoint, route or FrameRoute())
+            refuse_more_layers(checkpoint, backbone)
+            return backbone
     found = checkpoint.config.get("model_type")
     raise CheckpointError(
         f"{checkpoint.folder}: config.json is of the unknown family {shortened(found)} (model_type); "
         f"known: {', '.join(family.name for family in FAMILIES)}"
     )
+
+
+def refuse_more_layers(checkpoint: Checkpoint, backbone: Backbone) -> None:
+    """An LLM of which config.json names a part only would answer, and answer wrongly."""
+    layers = backbone.llm.config.layers
+    (name, *_) = backbone.llm.names(f"model.layers.{layers}.input_layernorm.weight").names
+    if name in checkpoint.tensors.files:
+        raise CheckpointError(
+            f"tensor {name} is of a layer that config.json, which gives the LLM {layers} layers, does not know; "
+            "the configuration belongs to other weights"
+        )

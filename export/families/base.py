@@ -1,63 +1,87 @@
 """What a family tells the exporter: a ``Backbone`` made from a checkpoint's files.
 
 A family is one file of facts beside this one: which ``config.json`` it recognises and how it fills a ``Backbone``
-from shared towers, connectors and the decoder. Nothing outside that file asks which family it is.
+from shared towers, connectors and LLMs. Nothing outside that file asks which family it is.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
 from torch import nn
 
 from export.checkpoint import Checkpoint
-from export.decoder import DecoderConfig
+from export.llm.base import LLM
 from export.load import Names
-from runtime.errors import CheckpointError
+from export.peer import VisionPeer
+from runtime.errors import OptionError
 from runtime.preprocess import Preprocess
 
-__all__ = [
-    "Backbone",
-    "Family",
-    "Field",
-    "PromptFacts",
-    "divided",
-    "field",
-    "one_of",
-    "optional",
-    "positive",
-    "shortened",
-    "size",
-]
+__all__ = ["Backbone", "Family", "FrameRoute", "Layout", "PromptFacts", "Route", "filled"]
 
-Field = TypeVar("Field")
+Route = Literal["images", "video"]
 
-LARGEST = 2**24  # of any width, vocabulary or context; no published model comes near
-LONGEST_SHOWN = 80  # characters of a value in an error message
+
+@dataclass(frozen=True)
+class FrameRoute:
+    """How frames are to become tokens, where a family leaves a choice.
+
+    Attributes:
+        image_size: (height, width) in pixels, None for the family's own.
+        route: "images" encodes every frame as a picture of its own; "video" is the family's way for videos.
+    """
+
+    image_size: tuple[int, int] | None = None
+    route: Route = "images"
+
+    def refuse_choices(self, family: str) -> None:
+        """For a family that has one way only."""
+        if self.image_size is not None:
+            raise OptionError(f"--image-size: {family} has the size its checkpoint says; leave the option out")
+        if self.route != "images":
+            raise OptionError(f"--route {self.route}: {family} encodes every frame as an image; leave the option out")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A chat template and the token whose rows the video's take.
+
+    The template sees ``messages``, whose content is text or parts of type "video", "image" and "text";
+    ``system``, ``visual_token``, ``image_token``, ``frames`` (how many sets of tokens the video has), ``tokens``
+    (visual tokens of the video with LinVT, of each set without), ``images`` (how many there are) and
+    ``image_tokens`` (tokens of each).
+    """
+
+    template: str
+    visual_token: str
 
 
 @dataclass(frozen=True)
 class PromptFacts:
-    """How the family puts a video and a question into text.
+    """How the family puts a video or pictures and a question into text.
 
     Attributes:
-        system: the system text a conversation starts with.
-        templates: jinja2 chat templates by layout; "video" (LinVT's rows) and "frames" (no LinVT: every frame's
-            tokens) must be there, "training" where LinVT's training data stood otherwise in the prompt.
-            They see ``messages``, ``system``, ``visual_token``, ``frames`` and ``tokens``.
-        visual_token: the placeholder whose embedding rows are replaced.
+        system: the system text a conversation starts with; None where the family has no place for one.
+        layouts: by name; "video" (LinVT's rows) and "frames" (no LinVT: every frame's tokens) must be there,
+            "training" where LinVT's training data stood otherwise in the prompt. All of them know images.
+        image_token: the placeholder whose rows a picture's take.
         end_token: ends an answer.
         reserved: control tokens that a question may not contain.
+        add_special_tokens: the tokenizer puts its own in front (``<s>``).
+        extra_tokens: tokens the family's code adds to its tokenizer when it runs, in that order.
+        prompt_rows: tokens that stand in a prompt for a row of the table which is not their own.
     """
 
-    system: str
-    templates: Mapping[str, str]
-    visual_token: str
+    system: str | None
+    layouts: Mapping[str, Layout]
+    image_token: str
     end_token: str
     reserved: tuple[str, ...]
+    add_special_tokens: bool = False
+    extra_tokens: tuple[str, ...] = ()
+    prompt_rows: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -65,21 +89,29 @@ class Backbone:
     """An image-level LLM, ready to be loaded part by part.
 
     Attributes:
-        tokens_per_frame: N, tokens the connector makes of one frame.
-        vision: builds tower and connector, unfilled: pixel_values (F, 3, H, W) -> tokens (F, N, D).
+        tokens_per_frame: N, tokens the connector makes of one frame, or of one group of frames.
+        vision: builds tower and connector, unfilled: pixel_values (F, 3, H, W) -> tokens (F / frame_group, N, D);
+            takes pixel_mask (F, patches) besides where ``preprocess`` makes one.
         vision_names: from that module's parameters to the checkpoint's.
-        decoder: the LLM's sizes.
-        decoder_names: from ``Decoder``'s parameters to the checkpoint's.
+        vision_peer: the same module, or a part of it, in transformers.
+        frame_group: frames that become one set of tokens together.
+        grid: rows and columns of the N tokens, for an LLM whose positions have three axes.
+        pooled: the tokens are pooled for the prompt, so that LinVT has no use for them.
+        merge: whether visual rows replace those of the placeholders or are added to them.
     """
 
     family: str
     tokens_per_frame: int
     vision: Callable[[], nn.Module]
     vision_names: Names
-    decoder: DecoderConfig
-    decoder_names: Names
+    llm: LLM
     preprocess: Preprocess
     prompt: PromptFacts
+    frame_group: int = 1
+    grid: tuple[int, int] | None = None
+    pooled: bool = False
+    merge: Literal["replace", "add"] = "replace"
+    vision_peer: VisionPeer | None = None
 
 
 class Family(Protocol):
@@ -90,70 +122,10 @@ class Family(Protocol):
     def recognises(self, config: Mapping[str, Any]) -> bool:
         """Whether a ``config.json`` is this family's."""
 
-    def backbone(self, checkpoint: Checkpoint) -> Backbone:
+    def backbone(self, checkpoint: Checkpoint, route: FrameRoute) -> Backbone:
         """Read the facts; raises CheckpointError where a field is missing or not supported."""
 
 
-def field(config: Mapping[str, Any], path: str, kind: type[Field]) -> Field:
-    """The value at a dotted ``path`` of ``config.json``, which must be of ``kind``.
-
-    Raises:
-        CheckpointError: absent or of another type; the message names the field.
-    """
-    value: Any = config
-    for key in path.split("."):
-        value = value.get(key) if isinstance(value, Mapping) else None
-    if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < LARGEST:
-        value = float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise CheckpointError(
-            f"config.json field {path} is {shortened(value)}, expected {kind.__name__}; the checkpoint is incomplete"
-        )
-    return value
-
-
-def optional(config: Mapping[str, Any], path: str, default: Field) -> Field:
-    """As ``field``, of the type of ``default``, which stands for an absent or null value."""
-    value: Any = config
-    for key in path.split("."):
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return default if value is None else field(config, path, type(default))
-
-
-def size(config: Mapping[str, Any], path: str, *, least: int = 1, most: int = LARGEST) -> int:
-    """A whole number within bounds, e.g. a width."""
-    value = field(config, path, int)
-    if not least <= value <= most:
-        raise CheckpointError(f"config.json field {path} is {shortened(value)}, expected {least} to {most}")
-    return value
-
-
-def divided(config: Mapping[str, Any], whole: str, part: str) -> int:
-    """How often the size at ``part`` goes into the size at ``whole``, which it must do without a rest."""
-    total, each = size(config, whole), size(config, part)
-    if total % each:
-        raise CheckpointError(f"config.json field {whole} is {total}, expected a multiple of {part}, which is {each}")
-    return total // each
-
-
-def positive(config: Mapping[str, Any], path: str) -> float:
-    """A finite number above 0, e.g. an epsilon."""
-    value = field(config, path, float)
-    if not 0 < value < math.inf:
-        raise CheckpointError(f"config.json field {path} is {value}, expected a number above 0")
-    return value
-
-
-def one_of(config: Mapping[str, Any], path: str, *known: Field) -> Field:
-    """A choice of which only the ``known`` ones are supported; the first holds where it is absent."""
-    value = optional(config, path, known[0])
-    if value not in known:
-        supported = ", ".join(map(repr, known))
-        raise CheckpointError(f"config.json field {path} is {shortened(value)}; supported: {supported}")
-    return value
-
-
-def shortened(value: object) -> str:
-    """A value as an error message shows it."""
-    text = repr(value)
-    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
+def filled(conversation: str, *, video: str, image: str) -> str:
+    """A template in whose messages ``@VIDEO@`` and ``@IMAGE@`` stand for what a video and an image become."""
+    return conversation.replace("@VIDEO@", video).replace("@IMAGE@", image)

@@ -1,22 +1,27 @@
-"""InternVL2 with a Qwen2 LLM (published 1B layout), and LinVT-InternVL2 on top of it.
+"""InternVL2 with Qwen2, InternLM2 or Phi-3 (published 1B, 2B, 8B, 4B), and LinVT-InternVL2 on top of it.
 
 Facts from OpenGVLab/InternVL (August 2024): InternViT-300M, pixel shuffle and MLP, one tile per frame resized without
-keeping its aspect, ImageNet mean and std, the Hermes-2 conversation, whose separator has no newline after it. The
-InternViT-6B variants and other LLMs are refused by name.
+keeping its aspect, ImageNet mean and std, conversations whose separator has no newline after it. The InternViT-6B
+variants and Llama are refused by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from export.checkpoint import Checkpoint
 from export.connector.pixel_shuffle import PixelShuffleMLP
-from export.decoder import DecoderConfig
-from export.families.base import Backbone, PromptFacts, divided, field, one_of, optional, positive, shortened, size
-from export.load import Names
+from export.families.base import Backbone, FrameRoute, Layout, PromptFacts, filled
+from export.fields import MOST_LAYERS, divided, field, one_of, optional, positive, shortened, size
+from export.llm.base import LLM
+from export.llm.internlm2 import internlm2_llm
+from export.llm.phi3 import phi3_llm
+from export.llm.qwen2 import qwen2_llm
+from export.load import Names, prefixed
 from export.vision.internvit import InternViT, InternViTConfig
 from runtime.errors import CheckpointError
 from runtime.preprocess import MAX_SIDE, Preprocess
@@ -26,26 +31,73 @@ __all__ = ["INTERNVL2"]
 SYSTEM = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-MOST_LAYERS = 1024  # of tower or LLM; building a module for a mistyped number would not end
-SHORTEST_CONTEXT = 64  # tokens; the template alone takes about as many
 SMALLEST_RATIO = 1 / 64  # of patches to tokens along one side
 
+VISUAL = "<IMG_CONTEXT>"
+CONTROL = (VISUAL, "<img>", "</img>")
+SENTENCEPIECE = ("<s>", "</s>")
+
 CONVERSATION = """\
-<|im_start|>system
-{{ system }}<|im_end|>
+@START-SYSTEM@
+{{ system }}@END@
 {%- for message in messages -%}
-<|im_start|>{{ message.role }}
+@START-ROLE@
 {% if message.content is string %}{{ message.content }}{% else %}
 {% for part in message.content %}
-{% if part.type == "video" %}@VIDEO@{% else %}{{ part.text }}{% endif %}
+{% if part.type == "video" %}@VIDEO@{% elif part.type == "image" %}@IMAGE@{% else %}{{ part.text }}{% endif %}
 {% endfor %}
 {% endif %}
-<|im_end|>
+@END@
 {%- endfor -%}
-{% if add_generation_prompt %}<|im_start|>assistant
+{% if add_generation_prompt %}@START-ASSISTANT@
 {% endif %}
 """
+IMAGE = "{{ 'Image-' ~ loop.index ~ ': ' if images > 1 else '' }}<img>{{ image_token * image_tokens }}</img>{{ '\\n' }}"
+LAYOUTS = {
+    "video": "<img>{{ visual_token * tokens }}</img>{{ '\\n' }}",
+    "training": "{% for row in range(tokens) %}Frame{{ loop.index }}: <img>{{ visual_token }}</img>"
+    "{{ '' if loop.last else '\\n' }}{% endfor %}",
+    "frames": "{% for frame in range(frames) %}Frame{{ loop.index }}: <img>{{ visual_token * tokens }}</img>"
+    "{{ '\\n' }}{% endfor %}",
+}
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One of the published ``conv_templates``.
+
+    Attributes:
+        start: begins a turn; its number sign stands for the role.
+        end: ends a turn.
+        control: further tokens that a question may not contain.
+    """
+
+    start: str
+    end: str
+    control: tuple[str, ...]
+
+    def template(self, video: str) -> str:
+        """The chat template with ``video`` where a message holds one."""
+        text = CONVERSATION.replace("@START-ROLE@", self.start.replace("#", "{{ message.role }}"))
+        for role in ("system", "assistant"):
+            text = text.replace(f"@START-{role.upper()}@", self.start.replace("#", role))
+        return filled(text.replace("@END@", self.end), video=video, image=IMAGE)
+
+    def facts(self, system: str, *, add_special_tokens: bool) -> PromptFacts:
+        """All layouts of this conversation."""
+        return PromptFacts(
+            system=system,
+            layouts={name: Layout(self.template(video), VISUAL) for name, video in LAYOUTS.items()},
+            image_token=VISUAL,
+            end_token=self.end,
+            reserved=(*CONTROL, *self.control, "<|endoftext|>", *(SENTENCEPIECE if add_special_tokens else ())),
+            add_special_tokens=add_special_tokens,
+        )
+
+
+CHATML = Conversation("<|im_start|>#", "<|im_end|>", ("<|im_start|>", "<|im_end|>"))
+PHI3_CHAT = Conversation("<|#|>", "<|end|>", ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"))
+CONVERSATIONS = {"Hermes-2": CHATML, "internlm2-chat": CHATML, "phi3-chat": PHI3_CHAT}
 
 
 class Vision(nn.Module):
@@ -71,22 +123,24 @@ class InternVL2:
         """Whether a ``config.json`` is an InternVL chat model's."""
         return config.get("model_type") == "internvl_chat"
 
-    def backbone(self, checkpoint: Checkpoint) -> Backbone:
+    def backbone(self, checkpoint: Checkpoint, route: FrameRoute) -> Backbone:
         """Read the facts of one checkpoint."""
+        route.refuse_choices(self.name)
         config = checkpoint.config
+        one_of(config, "pad2square", False)
         tower = tower_config(config)
-        decoder = decoder_config(config)
+        spoken = language(config)
+        llm = spoken.read(config, "llm_config.", "language_model.")
         block = shuffle_block(config, tower)
         version = one_of(config, "ps_version", "v1", "v2")
         return Backbone(
             family=self.name,
             tokens_per_frame=(tower.grid // block) ** 2,
-            vision=lambda: Vision(tower, decoder.width, block, version),
-            vision_names=Names((("tower.", "vision_model."), ("connector.", ""))),
-            decoder=decoder,
-            decoder_names=Names((("", "language_model."),)),
+            vision=lambda: Vision(tower, llm.config.width, block, version),
+            vision_names=Names((prefixed("tower.", "vision_model."), prefixed("connector.", ""))),
+            llm=llm,
             preprocess=Preprocess(size=(tower.image_size, tower.image_size), mean=IMAGENET_MEAN, std=IMAGENET_STD),
-            prompt=PROMPT,
+            prompt=prompt_facts(config, spoken),
         )
 
 
@@ -138,69 +192,52 @@ def shuffle_block(config: Mapping[str, Any], tower: InternViTConfig) -> int:
     return block
 
 
-def decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
-    """The LLM's sizes from ``config.json``."""
-    check_llm(config)
-    divided(config, "llm_config.num_attention_heads", "llm_config.num_key_value_heads")
-    return DecoderConfig(
-        vocab=size(config, "llm_config.vocab_size"),
-        width=size(config, "llm_config.hidden_size"),
-        layers=size(config, "llm_config.num_hidden_layers", most=MOST_LAYERS),
-        heads=size(config, "llm_config.num_attention_heads"),
-        heads_kv=size(config, "llm_config.num_key_value_heads"),
-        head_dim=head_size(config),
-        mlp_width=size(config, "llm_config.intermediate_size"),
-        rope_theta=positive(config, "llm_config.rope_theta"),
-        context=size(config, "llm_config.max_position_embeddings", least=SHORTEST_CONTEXT),
-        norm_eps=positive(config, "llm_config.rms_norm_eps"),
-        tied=optional(config, "llm_config.tie_word_embeddings", False),
+@dataclass(frozen=True)
+class Language:
+    """How one of ``llm_config.architectures`` is read.
+
+    Attributes:
+        read: from ``config.json``, the path of its fields and the prefix of its tensors.
+        template: the conversation it is published with.
+        leading_token: its tokenizer puts ``<s>`` in front.
+    """
+
+    read: Callable[[Mapping[str, Any], str, str], LLM]
+    template: str
+    leading_token: bool
+
+
+def plain_qwen2(config: Mapping[str, Any], path: str, prefix: str) -> LLM:
+    """Qwen2 without scaled positions."""
+    if config["llm_config"].get("rope_scaling"):
+        raise CheckpointError("config.json: llm_config.rope_scaling is set; only plain rotary positions work")
+    return qwen2_llm(config, path, prefix)
+
+
+LANGUAGES = {
+    "InternLM2ForCausalLM": Language(internlm2_llm, "internlm2-chat", leading_token=True),
+    "Phi3ForCausalLM": Language(phi3_llm, "phi3-chat", leading_token=True),
+    "Qwen2ForCausalLM": Language(plain_qwen2, "Hermes-2", leading_token=False),
+}
+
+
+def language(config: Mapping[str, Any]) -> Language:
+    """The LLM of a checkpoint; the published code looks at the first of ``architectures``."""
+    architectures = field(config, "llm_config", dict).get("architectures")
+    for name, found in LANGUAGES.items():
+        if architectures == [name]:
+            return found
+    supported = ", ".join(repr([name]) for name in LANGUAGES)
+    raise CheckpointError(
+        f"config.json: llm_config.architectures is {shortened(architectures)}; supported: {supported}"
     )
 
 
-def check_llm(config: Mapping[str, Any]) -> None:
-    """Refuse by name what is published with other LLMs or would change their arithmetic."""
-    llm = field(config, "llm_config", dict)
-    if (architectures := llm.get("architectures")) != ["Qwen2ForCausalLM"]:
-        raise CheckpointError(
-            f"config.json: llm_config.architectures is {shortened(architectures)}; supported: ['Qwen2ForCausalLM']"
-        )
-    if llm.get("rope_scaling"):
-        raise CheckpointError("config.json: llm_config.rope_scaling is set; only plain rotary positions work")
-    one_of(config, "template", "Hermes-2")
-    one_of(config, "llm_config.hidden_act", "silu")
-    one_of(config, "llm_config.use_sliding_window", False)
+def prompt_facts(config: Mapping[str, Any], llm: Language) -> PromptFacts:
+    """The conversation of a checkpoint, and its own system text where it has one."""
+    template = one_of(config, "template", llm.template, *(name for name in CONVERSATIONS if name != llm.template))
+    system = optional(config, "system_message", SYSTEM)
+    return CONVERSATIONS[template].facts(system, add_special_tokens=llm.leading_token)
 
-
-def head_size(config: Mapping[str, Any]) -> int:
-    """Channels of one attention head; rotary positions turn them in pairs."""
-    given = optional(config, "llm_config.head_dim", 0)
-    found = given or divided(config, "llm_config.hidden_size", "llm_config.num_attention_heads")
-    if found % 2 or not 2 <= found <= size(config, "llm_config.hidden_size"):
-        raise CheckpointError(f"config.json: llm_config gives heads of {found} channels, expected an even number")
-    return found
-
-
-def conversation(video: str) -> str:
-    """The chat template with ``video`` where a message holds the video."""
-    return CONVERSATION.replace("@VIDEO@", video)
-
-
-PROMPT = PromptFacts(
-    system=SYSTEM,
-    templates={
-        "video": conversation("<img>{{ visual_token * tokens }}</img>{{ '\\n' }}"),
-        "training": conversation(
-            "{% for row in range(tokens) %}Frame{{ loop.index }}: <img>{{ visual_token }}</img>"
-            "{{ '' if loop.last else '\\n' }}{% endfor %}"
-        ),
-        "frames": conversation(
-            "{% for frame in range(frames) %}Frame{{ loop.index }}: <img>{{ visual_token * tokens }}</img>"
-            "{{ '\\n' }}{% endfor %}"
-        ),
-    },
-    visual_token="<IMG_CONTEXT>",
-    end_token="<|im_end|>",
-    reserved=("<IMG_CONTEXT>", "<img>", "</img>", "<|im_start|>", "<|im_end|>", "<|endoftext|>"),
-)
 
 INTERNVL2 = InternVL2()

@@ -10,20 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from export.ops import attention
+from export.ops import attention, merge_heads, split_heads
 
-__all__ = ["CrossAttention", "LoneAttention", "PackedAttention", "merge_heads", "split_heads"]
-
-
-def split_heads(states: Tensor, heads: int) -> Tensor:
-    """(B, S, D) -> (B, heads, S, D / heads)."""
-    split: Tensor = states.unflatten(-1, (heads, -1))
-    return split.transpose(1, 2)
-
-
-def merge_heads(states: Tensor) -> Tensor:
-    """(B, heads, S, head_dim) -> (B, S, heads * head_dim)."""
-    return states.transpose(1, 2).flatten(2)
+__all__ = ["CrossAttention", "LoneAttention", "PackedAttention"]
 
 
 class PackedAttention(nn.Module):

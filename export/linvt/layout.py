@@ -18,8 +18,8 @@ from typing import Any
 import msgspec
 
 from export.checkpoint import Checkpoint, TensorFiles, read_json
-from export.families.base import optional
-from export.load import Names
+from export.fields import optional
+from export.load import Names, OrZeros, prefixed
 from runtime.errors import CheckpointError
 from runtime.linvt import LinVTConfig
 
@@ -47,8 +47,8 @@ KEYS = {
 LARGEST = 2**16  # tokens or frames; the released code keeps 1024 tokens
 SIZES = ("linvt_num_layers", "num_video_query_token")  # the tensors say these themselves
 # Stored in released files, read by no formula: query and key of the collapsed self attention stay in the packed tensor.
-UNUSED = tuple(f"linVT.tta_module.layer_linagg.linear_aggregator.{name}." for name in ("wv", "dense"))
-NAMES = Names(unused=UNUSED)
+UNUSED = r"linVT\.tta_module\.layer_linagg\.linear_aggregator\.(wv|dense)\..*"
+NAMES = Names(((UNUSED, lambda found: OrZeros(found[0])), prefixed("", "")))
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import onnx_ir as ir
 __all__ = ["narrow_weights"]
 
 SMALLEST = 1024  # elements: below, the Cast costs more than it saves
+BLOCK = 2**20  # elements
 NUMPY = {ir.DataType.FLOAT16: np.dtype(np.float16), ir.DataType.BFLOAT16: np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -34,10 +35,13 @@ def narrow_weights(model: ir.Model, dtype: ir.DataType) -> bool:
 
 
 def is_exact(tensor: ir.TensorProtocol, dtype: ir.DataType) -> bool:
-    """Whether a round trip through ``dtype`` gives back every value."""
-    wide = tensor.numpy()
+    """Whether a round trip through ``dtype`` gives back every value; looked at in blocks, to take little memory."""
+    wide = np.ascontiguousarray(tensor.numpy()).reshape(-1)
+    blocks = (wide[start : start + BLOCK] for start in range(0, wide.size, BLOCK))
     with np.errstate(over="ignore", invalid="ignore"):
-        return np.array_equal(wide.astype(NUMPY[dtype]).astype(np.float32), wide, equal_nan=True)
+        return all(
+            np.array_equal(block.astype(NUMPY[dtype]).astype(np.float32), block, equal_nan=True) for block in blocks
+        )
 
 
 def narrow(graph: ir.Graph, value: ir.Value, tensor: ir.TensorProtocol, dtype: ir.DataType) -> None:
@@ -45,7 +49,7 @@ def narrow(graph: ir.Graph, value: ir.Value, tensor: ir.TensorProtocol, dtype: i
     name, shape = value.name, ir.Shape(tensor.shape.numpy())
     assert name is not None
     lazy = ir.LazyTensor(functools.partial(narrow_tensor, tensor, dtype, name), dtype=dtype, shape=shape, name=name)
-    graph.initializers.pop(name)
+    graph.initializers.pop(name).const_value = None
     stored = ir.Value(name=name, shape=shape, type=ir.TensorType(dtype), const_value=lazy)
     graph.register_initializer(stored)
     cast = ir.node("Cast", [stored], {"to": ir.DataType.FLOAT.value})

@@ -43,7 +43,7 @@ def transposed(graph: ir.Graph, source: ir.Value, order: tuple[int, ...]) -> ir.
     )
     value = ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=lazy)
     if alone:
-        graph.initializers.pop(name)
+        graph.initializers.pop(name).const_value = None
     graph.register_initializer(value)
     return value
 

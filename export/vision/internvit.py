@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from export.linvt.attend import merge_heads, split_heads
-from export.ops import attention
+from export.vision.block import Block, BlockConfig
 
 __all__ = ["InternViT", "InternViTConfig"]
 
@@ -42,6 +41,13 @@ class InternViTConfig:
         return self.image_size // self.patch_size
 
     @property
+    def block(self) -> BlockConfig:
+        """Sizes of one block."""
+        return BlockConfig(
+            self.width, self.heads, self.mlp_width, self.norm_eps, qkv_bias=self.qkv_bias, layer_scale=True
+        )
+
+    @property
     def used_layers(self) -> int:
         """Blocks that have to run for ``select_layer``."""
         return self.layers + 1 + self.select_layer
@@ -65,62 +71,14 @@ class Embeddings(nn.Module):
         return torch.cat((classes, patches.flatten(2).transpose(1, 2)), dim=1) + positions
 
     def positions(self, rows: int, columns: int) -> Tensor:
-        """(1, 1 + rows * columns, E): the table, stretched bicubically to another grid."""
+        """(1, 1 + rows * columns, E): the table, stretched bicubically to another grid, in float32."""
         if (rows, columns) == (self.grid, self.grid):
             return self.position_embedding
         table: Tensor = self.position_embedding[:, 1:].unflatten(1, (self.grid, self.grid))
         table = table.permute(0, 3, 1, 2)
-        table = functional.interpolate(table, (rows, columns), mode="bicubic", align_corners=False)
-        return torch.cat((self.position_embedding[:, :1], table.flatten(2).transpose(1, 2)), dim=1)
-
-
-class Attention(nn.Module):
-    """Self attention with fused query, key and value projection."""
-
-    def __init__(self, config: InternViTConfig) -> None:
-        super().__init__()
-        self.heads = config.heads
-        self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.qkv_bias)
-        self.proj = nn.Linear(config.width, config.width)
-
-    def forward(self, states: Tensor) -> Tensor:
-        """(F, S, E) -> (F, S, E)."""
-        query, key, value = (split_heads(part, self.heads) for part in self.qkv(states).chunk(3, dim=-1))
-        projected: Tensor = self.proj(merge_heads(attention(query, key, value)))
-        return projected
-
-
-class MLP(nn.Module):
-    """Two layers with exact GELU."""
-
-    def __init__(self, config: InternViTConfig) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(config.width, config.mlp_width)
-        self.fc2 = nn.Linear(config.mlp_width, config.width)
-
-    def forward(self, states: Tensor) -> Tensor:
-        """(F, S, E) -> (F, S, E)."""
-        projected: Tensor = self.fc2(functional.gelu(self.fc1(states)))
-        return projected
-
-
-class Block(nn.Module):
-    """Pre-norm block with layer scale."""
-
-    def __init__(self, config: InternViTConfig) -> None:
-        super().__init__()
-        self.attn = Attention(config)
-        self.mlp = MLP(config)
-        self.norm1 = nn.LayerNorm(config.width, config.norm_eps)
-        self.norm2 = nn.LayerNorm(config.width, config.norm_eps)
-        self.ls1 = nn.Parameter(torch.ones(config.width))
-        self.ls2 = nn.Parameter(torch.ones(config.width))
-
-    def forward(self, states: Tensor) -> Tensor:
-        """(F, S, E) -> (F, S, E)."""
-        states = states + self.ls1 * self.attn(self.norm1(states))
-        mixed: Tensor = states + self.ls2 * self.mlp(self.norm2(states))
-        return mixed
+        table = functional.interpolate(table.float(), (rows, columns), mode="bicubic", align_corners=False)
+        stretched = table.flatten(2).transpose(1, 2).to(self.position_embedding.dtype)
+        return torch.cat((self.position_embedding[:, :1], stretched), dim=1)
 
 
 class Encoder(nn.Module):
@@ -128,7 +86,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: InternViTConfig) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.used_layers))
+        self.layers = nn.ModuleList(Block(config.block) for _ in range(config.used_layers))
 
     def forward(self, states: Tensor) -> Tensor:
         """(F, S, E) -> (F, S, E)."""

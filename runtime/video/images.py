@@ -9,6 +9,7 @@ Does not play animated WebP or PNG (refused) or GIF (a video: ``container``).
 from __future__ import annotations
 
 import io
+import os
 import re
 import struct
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from runtime.errors import VideoError
-from runtime.video.source import IMAGE_SUFFIXES, Frame, check_indices, check_size
+from runtime.video.source import IMAGE_SUFFIXES, Frame, ImageLike, check_indices, check_size
 
 PILLOW_ERRORS = (
     OSError,
@@ -87,6 +88,18 @@ def natural_key(path: Path) -> tuple[list[tuple[bool, int, str]], str]:
     """Sort key of a name without suffix: numbers by value, before letters; ties (1, 01) by the whole name."""
     runs = re.findall(r"([0-9]+)|([^0-9]+)", path.stem.casefold())
     return [(not digits, int(digits or 0), text) for digits, text in runs], path.name
+
+
+def picture(image: ImageLike) -> Frame:
+    """A file, its bytes or an array -> (H, W, 3) uint8 RGB."""
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+            raise VideoError(f"the image is {image.dtype} {image.shape}; expected uint8 (H, W, 3) RGB")
+        check_size(image.shape[1], image.shape[0], "the image")
+        return image
+    if not isinstance(image, str | os.PathLike | bytes) or not image:
+        raise VideoError(f"the image is {image!r:.80}; expected a file, its bytes or an array")
+    return rgb_from_image(image if isinstance(image, bytes) else Path(image))
 
 
 def rgb_from_image(image: Path | bytes) -> Frame:

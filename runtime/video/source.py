@@ -18,6 +18,7 @@ from runtime.errors import VideoError
 
 Frame: TypeAlias = NDArray[np.uint8]  # (H, W, 3) RGB
 VideoLike: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | NDArray[np.uint8]"
+ImageLike: TypeAlias = "str | os.PathLike[str] | bytes | NDArray[np.uint8]"
 Self = TypeVar("Self", bound="FrameSource")
 
 MAX_PIXELS = 8192 * 8192  # of one frame; an 8K frame has half of it, RGB of the limit is 192 MiB

@@ -1,0 +1,46 @@
+"""What a file of facts about an LLM tells, and what several of them read alike from ``config.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from export.decoder import DecoderConfig
+from export.fields import divided, optional, size
+from export.load import Names, Source
+from export.peer import Peer
+from runtime.errors import CheckpointError
+
+__all__ = ["LLM", "Peer", "head_size"]
+
+
+@dataclass(frozen=True)
+class LLM:
+    """An LLM, ready to be loaded.
+
+    Attributes:
+        names: from ``Decoder``'s parameters to the checkpoint's.
+        table: where the token embedding table comes from.
+        table_rows: its rows; at least the vocabulary's.
+        peer: the same model in transformers.
+        overflows: why its activations leave the range of float16, with the source; then it computes in bfloat16 where
+            float16 was asked for. "" where they are known not to, or nothing is known.
+    """
+
+    config: DecoderConfig
+    names: Names
+    table: Source
+    table_rows: int
+    peer: Peer | None = None
+    overflows: str = ""
+
+
+def head_size(config: Mapping[str, Any], path: str) -> int:
+    """Channels of one attention head of the LLM whose fields are below ``path``; rotary positions turn pairs."""
+    given = optional(config, f"{path}head_dim", 0)
+    found = given or divided(config, f"{path}hidden_size", f"{path}num_attention_heads")
+    if found % 2 or not 2 <= found <= size(config, f"{path}hidden_size"):
+        where = path.removesuffix(".") or "it"
+        raise CheckpointError(f"config.json: {where} gives heads of {found} channels, expected an even number")
+    return found
