@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from export.checkpoint import Checkpoint
+from export.families.aquila import AQUILA
 from export.families.base import Backbone, Family, FrameRoute
 from export.families.internvl2 import INTERNVL2
+from export.families.mipha import MIPHA
 from export.fields import shortened
 from runtime.errors import CheckpointError
 
 __all__ = ["FAMILIES", "Backbone", "backbone_from_checkpoint"]
 
-FAMILIES: tuple[Family, ...] = (INTERNVL2,)
+FAMILIES: tuple[Family, ...] = (INTERNVL2, AQUILA, MIPHA)
 
 
 def backbone_from_checkpoint(checkpoint: Checkpoint, route: FrameRoute | None = None) -> Backbone:
