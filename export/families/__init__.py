@@ -7,13 +7,14 @@ from export.families.aquila import AQUILA
 from export.families.base import Backbone, Family, FrameRoute
 from export.families.internvl2 import INTERNVL2
 from export.families.mipha import MIPHA
+from export.families.molmo import MOLMO
 from export.families.qwen2vl import QWEN2VL
 from export.fields import shortened
 from runtime.errors import CheckpointError
 
 __all__ = ["FAMILIES", "Backbone", "backbone_from_checkpoint"]
 
-FAMILIES: tuple[Family, ...] = (INTERNVL2, QWEN2VL, AQUILA, MIPHA)
+FAMILIES: tuple[Family, ...] = (INTERNVL2, QWEN2VL, AQUILA, MOLMO, MIPHA)
 
 
 def backbone_from_checkpoint(checkpoint: Checkpoint, route: FrameRoute | None = None) -> Backbone:
