@@ -9,12 +9,13 @@ from export.families.internvl2 import INTERNVL2
 from export.families.mipha import MIPHA
 from export.families.molmo import MOLMO
 from export.families.qwen2vl import QWEN2VL
+from export.families.xgenmm import XGENMM
 from export.fields import shortened
 from runtime.errors import CheckpointError
 
 __all__ = ["FAMILIES", "Backbone", "backbone_from_checkpoint"]
 
-FAMILIES: tuple[Family, ...] = (INTERNVL2, QWEN2VL, AQUILA, MOLMO, MIPHA)
+FAMILIES: tuple[Family, ...] = (INTERNVL2, QWEN2VL, AQUILA, MOLMO, XGENMM, MIPHA)
 
 
 def backbone_from_checkpoint(checkpoint: Checkpoint, route: FrameRoute | None = None) -> Backbone:
