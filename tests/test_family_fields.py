@@ -80,7 +80,7 @@ def test_a_nested_config_that_is_no_object_is_refused_by_name(folder: Path, fiel
         ("force_image_size", 448, "force_image_size 448 differs"),
         ("force_image_size", "56", "force_image_size"),
         ("template", "vicuna", "template is 'vicuna'; supported: 'Hermes-2'"),
-        ("template", "phi3-chat", "no token '<|end|>'"),
+        ("template", "phi3-chat", "the tokenizer has no token '<|assistant|>'"),
         ("template", ["Hermes-2"], "template"),
         ("vision_config.num_attention_heads", 5, "multiple of vision_config.num_attention_heads, which is 5"),
         ("vision_config.patch_size", 15, "multiple of vision_config.patch_size, which is 15"),

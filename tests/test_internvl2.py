@@ -189,7 +189,7 @@ def test_template_and_system_text_are_the_checkpoint_s(tmp_path: Path) -> None:
     assert backbone_of(folder).prompt.end_token == "<|im_end|>"
     edit_json(folder / "config.json", "template", "phi3-chat")
     assert backbone_of(folder).prompt.end_token == "<|end|>"
-    assert "no token '<|end|>'" in refusal(folder, "none")
+    assert "the tokenizer has no token '<|assistant|>'" in refusal(folder, "none")
 
 
 # --- variants of the LLMs

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 
 from export.checkpoint import Checkpoint
 from export.connector.mlp import MLPConnector, Pool, pooled, pooled_side, projector_depth
-from export.families.base import Backbone, FrameRoute, Layout, PromptFacts, filled
+from export.families.base import CHATML, Backbone, FrameRoute, Layout, PromptFacts, filled
 from export.fields import field, one_of, optional, shortened, size
 from export.llm.base import LLM
 from export.llm.qwen2 import qwen2_llm
 from export.load import Names, Rearranged, Stacked, prefixed
 from export.vision.siglip import SigLIP, SigLIPConfig, siglip_config, siglip_names, siglip_peer
+from export.vision.stage import VisionStage
 from runtime.errors import CheckpointError
 from runtime.preprocess import Preprocess
 
@@ -39,36 +40,22 @@ FOLDER = re.compile("[A-Za-z0-9_.-]{0,80}siglip[A-Za-z0-9_.-]{0,80}")
 MERGES = ("flat", "spatial", "spatial_unpad")  # the first is the original's default
 IMAGE, NEWLINE = "<image>", "<image_newline>"
 
-CONVERSATION = """\
-<|im_start|>system
-{{ system }}<|im_end|>
-{% for message in messages %}
-<|im_start|>{{ message.role }}
-{% if message.content is string %}{{ message.content }}{% else %}
-{% for part in message.content %}
-{% if part.type == "video" %}@VIDEO@{% elif part.type == "image" %}@IMAGE@{% else %}{{ part.text }}{% endif %}
-{% endfor %}
-{% endif %}
-<|im_end|>
-{% endfor %}
-{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}
-"""
 
+class PooledVision(VisionStage):
+    """Tower, connector and the pooling of the route "video"."""
 
-class Vision(nn.Module):
-    """Tower and connector as one stage, and the pooling of the route "video"."""
+    def __init__(self, tower: nn.Module, connector: nn.Module, pool: Pool) -> None:
+        super().__init__(tower, connector)
+        self.pool: Pool = pool
 
-    def __init__(self, tower: SigLIPConfig, width: int, depth: int, pool: Pool | None) -> None:
-        super().__init__()
-        self.tower = SigLIP(tower)
-        self.connector = MLPConnector(tower.width, width, depth=depth)
-        self.pool = pool
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
+    def forward(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> Tensor:
         """(F, 3, H, W) -> (F, N, D)."""
-        tokens: Tensor = self.connector(self.tower(pixel_values))
-        return pooled(tokens, self.pool) if self.pool else tokens
+        return pooled(super().forward(pixel_values, pixel_mask), self.pool)
+
+
+def vision_stage(tower: SigLIPConfig, connector: nn.Module, pool: Pool | None) -> VisionStage:
+    """The stage of a route."""
+    return PooledVision(SigLIP(tower), connector, pool) if pool else VisionStage(SigLIP(tower), connector)
 
 
 class Aquila:
@@ -96,7 +83,7 @@ class Aquila:
         return Backbone(
             family=self.name,
             tokens_per_frame=side**2,
-            vision=lambda: Vision(tower, llm.config.width, depth, pool),
+            vision=lambda: vision_stage(tower, MLPConnector(tower.width, llm.config.width, depth=depth), pool),
             vision_names=Names((*siglip_names("tower.", TOWER), prefixed("connector.", "model.mm_projector."))),
             vision_peer=siglip_peer(tower, TOWER),
             llm=with_newline(llm) if newline else llm,
@@ -222,7 +209,7 @@ def prompt(frames: str, newline_row: int | None) -> PromptFacts:
     return PromptFacts(
         system="You are a helpful assistant.",
         layouts={
-            name: Layout(filled(CONVERSATION, video=video, image=image).replace("@NEWLINE@", newline), IMAGE)
+            name: Layout(filled(CHATML, video=video, image=image).replace("@NEWLINE@", newline), IMAGE)
             for name, video in layouts.items()
         },
         image_token=IMAGE,

@@ -19,9 +19,28 @@ from export.peer import VisionPeer
 from runtime.errors import OptionError
 from runtime.preprocess import Preprocess
 
-__all__ = ["Backbone", "Family", "FrameRoute", "Layout", "PromptFacts", "Route", "filled"]
+__all__ = ["CHATML", "Backbone", "Family", "FrameRoute", "Layout", "PromptFacts", "Route", "filled"]
 
 Route = Literal["images", "video"]
+
+# The conversation of Qwen's models: see ``filled``.
+CHATML = """\
+{% for message in messages %}
+{% if loop.first and message.role != "system" %}
+<|im_start|>system
+{{ system }}<|im_end|>
+{% endif %}
+<|im_start|>{{ message.role }}
+{% if message.content is string %}{{ message.content }}{% else %}
+{% for part in message.content %}
+{% if part.type == "video" %}@VIDEO@{% elif part.type == "image" %}@IMAGE@{% else %}{{ part.text }}{% endif %}
+{% endfor %}
+{% endif %}
+<|im_end|>
+{% endfor %}
+{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}
+"""
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
-
 from export.checkpoint import Checkpoint
 from export.connector.pixel_shuffle import PixelShuffleMLP
 from export.families.base import Backbone, FrameRoute, Layout, PromptFacts, filled
@@ -23,6 +21,7 @@ from export.llm.phi3 import phi3_llm
 from export.llm.qwen2 import qwen2_llm
 from export.load import Names, prefixed
 from export.vision.internvit import InternViT, InternViTConfig
+from export.vision.stage import VisionStage
 from runtime.errors import CheckpointError
 from runtime.preprocess import MAX_SIDE, Preprocess
 
@@ -100,20 +99,6 @@ PHI3_CHAT = Conversation("<|#|>", "<|end|>", ("<|system|>", "<|user|>", "<|assis
 CONVERSATIONS = {"Hermes-2": CHATML, "internlm2-chat": CHATML, "phi3-chat": PHI3_CHAT}
 
 
-class Vision(nn.Module):
-    """Tower and connector as one stage."""
-
-    def __init__(self, tower: InternViTConfig, width: int, block: int, version: str) -> None:
-        super().__init__()
-        self.tower = InternViT(tower)
-        self.connector = PixelShuffleMLP(tower.width, width, block=block, version=version)
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """(F, 3, H, W) -> (F, N, D)."""
-        tokens: Tensor = self.connector(self.tower(pixel_values))
-        return tokens
-
-
 class InternVL2:
     """The family's facts."""
 
@@ -136,7 +121,9 @@ class InternVL2:
         return Backbone(
             family=self.name,
             tokens_per_frame=(tower.grid // block) ** 2,
-            vision=lambda: Vision(tower, llm.config.width, block, version),
+            vision=lambda: VisionStage(
+                InternViT(tower), PixelShuffleMLP(tower.width, llm.config.width, block=block, version=version)
+            ),
             vision_names=Names((prefixed("tower.", "vision_model."), prefixed("connector.", ""))),
             llm=llm,
             preprocess=Preprocess(size=(tower.image_size, tower.image_size), mean=IMAGENET_MEAN, std=IMAGENET_STD),

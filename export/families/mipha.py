@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
-
 from export.checkpoint import Checkpoint
 from export.connector.mlp import MLPConnector, projector_depth
 from export.families.base import Backbone, FrameRoute, Layout, PromptFacts, filled
@@ -19,6 +17,7 @@ from export.fields import MOST_LAYERS, field, one_of, optional, positive, shorte
 from export.llm.phi2 import phi2_llm
 from export.load import Names, prefixed
 from export.vision.siglip import SigLIP, SigLIPConfig, siglip_config, siglip_names, siglip_peer
+from export.vision.stage import VisionStage
 from runtime.errors import CheckpointError
 from runtime.preprocess import MAX_SIDE, Preprocess, Resample
 
@@ -50,20 +49,6 @@ CONVERSATION = """\
 {{ 'ASSISTANT:' if add_generation_prompt else '' }}"""
 
 
-class Vision(nn.Module):
-    """Tower and connector as one stage."""
-
-    def __init__(self, tower: SigLIPConfig, width: int, depth: int) -> None:
-        super().__init__()
-        self.tower = SigLIP(tower)
-        self.connector = MLPConnector(tower.width, width, depth=depth)
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """(F, 3, H, W) -> (F, N, D)."""
-        tokens: Tensor = self.connector(self.tower(pixel_values))
-        return tokens
-
-
 class Mipha:
     """The family's facts."""
 
@@ -84,7 +69,7 @@ class Mipha:
         return Backbone(
             family=self.name,
             tokens_per_frame=tower.patches,
-            vision=lambda: Vision(tower, llm.config.width, depth),
+            vision=lambda: VisionStage(SigLIP(tower), MLPConnector(tower.width, llm.config.width, depth=depth)),
             vision_names=Names(
                 (
                     *siglip_names("tower.", TENSORS),

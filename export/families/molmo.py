@@ -13,8 +13,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
-
 from export.checkpoint import Checkpoint
 from export.connector.attention_pooling import AttentionPoolingMLP, PoolingConfig
 from export.families.base import Backbone, FrameRoute, Layout, PromptFacts, filled
@@ -23,6 +21,7 @@ from export.llm.olmo import olmo_llm
 from export.load import Names, Rearranged, Rule, prefixed, renamed
 from export.vision.block import stacked_qkv
 from export.vision.clip import CLIP, CLIPConfig
+from export.vision.stage import VisionStage
 from runtime.errors import CheckpointError
 from runtime.preprocess import MAX_SIDE, Preprocess
 
@@ -72,20 +71,6 @@ PICTURE = "<im_start>{{ (@TOKEN@ * @SIDE@ + '<im_col>') * @SIDE@ }}<im_end>"
 IMAGE_TOKENS = ("<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<|image|>")
 
 
-class Vision(nn.Module):
-    """Tower and connector as one stage."""
-
-    def __init__(self, tower: CLIPConfig, connector: PoolingConfig) -> None:
-        super().__init__()
-        self.tower = CLIP(tower)
-        self.connector = AttentionPoolingMLP(connector)
-
-    def forward(self, pixel_values: Tensor, pixel_mask: Tensor) -> Tensor:
-        """Letterboxed frames (F, 3, H, W) and each patch's share of real pixels (F, P) -> (F, N, D)."""
-        tokens: Tensor = self.connector(self.tower(pixel_values), pixel_mask)
-        return tokens
-
-
 class Molmo:
     """The family's facts."""
 
@@ -116,7 +101,7 @@ class Molmo:
         return Backbone(
             family=self.name,
             tokens_per_frame=connector.side**2,
-            vision=lambda: Vision(tower, connector),
+            vision=lambda: VisionStage(CLIP(tower), AttentionPoolingMLP(connector)),
             vision_names=vision_names(tower),
             llm=llm,
             preprocess=Preprocess(

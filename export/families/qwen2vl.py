@@ -12,17 +12,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
-
 from export.checkpoint import Checkpoint, TensorFiles
 from export.connector.patch_merger import PatchMerger
-from export.families.base import Backbone, FrameRoute, Layout, PromptFacts, filled
+from export.families.base import CHATML, Backbone, FrameRoute, Layout, PromptFacts, filled
 from export.fields import field, one_of, optional, positive, reading, shortened, size
-from export.llm.base import LLM
+from export.llm.base import LLM, peer_sizes
 from export.llm.qwen2 import qwen2_llm
 from export.load import Names, Whole, prefixed
 from export.peer import Peer, VisionPeer
 from export.vision.qwen2vl import PeerVision, Qwen2VLTower, Qwen2VLTowerConfig, tower_config, tower_rules
+from export.vision.stage import VisionStage
 from runtime.errors import CheckpointError, OptionError
 from runtime.preprocess import MAX_SIDE, Preprocess, Resample
 
@@ -36,23 +35,6 @@ LONGEST_ASPECT = 200  # of the sides, in the original's smart_resize
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 FILTERS: dict[int, Resample] = {3: "bicubic", 2: "bilinear"}  # Pillow's numbers
 
-CONVERSATION = """\
-{% for message in messages %}
-{% if loop.first and message.role != "system" %}
-<|im_start|>system
-{{ system }}<|im_end|>
-{% endif %}
-<|im_start|>{{ message.role }}
-{% if message.content is string %}{{ message.content }}{% else %}
-{% for part in message.content %}
-{% if part.type == "video" %}@VIDEO@{% elif part.type == "image" %}@IMAGE@{% else %}{{ part.text }}{% endif %}
-{% endfor %}
-{% endif %}
-<|im_end|>
-{% endfor %}
-{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}
-"""
 EACH = "{% for frame in range(frames) %}"
 TOKENS = {  # by the field of config.json that holds the id: the published id and spelling
     "vision_start_token_id": (151652, "<|vision_start|>"),
@@ -61,20 +43,6 @@ TOKENS = {  # by the field of config.json that holds the id: the published id an
     "image_token_id": (151655, "<|image_pad|>"),
     "video_token_id": (151656, "<|video_pad|>"),
 }
-
-
-class Vision(nn.Module):
-    """Tower and connector as one stage."""
-
-    def __init__(self, tower: Qwen2VLTowerConfig, width: int) -> None:
-        super().__init__()
-        self.tower = Qwen2VLTower(tower)
-        self.connector = PatchMerger(tower.width, width, merge=tower.merge)
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """(F, 3, H, W) -> (F / group, N, D)."""
-        tokens: Tensor = self.connector(self.tower(pixel_values))
-        return tokens
 
 
 class Qwen2VL:
@@ -107,7 +75,9 @@ class Qwen2VL:
         return Backbone(
             family=self.name,
             tokens_per_frame=math.prod(tower.grid),
-            vision=lambda: Vision(tower, llm.config.width),
+            vision=lambda: VisionStage(
+                Qwen2VLTower(tower), PatchMerger(tower.width, llm.config.width, merge=tower.merge)
+            ),
             vision_names=Names((*tower_rules("tower.", prefix, tower), prefixed("connector.", f"{prefix}merger."))),
             vision_peer=vision_peer(peer, tower) if peer else None,
             llm=replace(llm, peer=peer),
@@ -185,14 +155,8 @@ def whole_peer(config: Mapping[str, Any], llm: LLM, tower: Qwen2VLTowerConfig, p
         return None
     decoder = llm.config
     text = {
-        "vocab_size": decoder.vocab,
-        "hidden_size": decoder.width,
-        "intermediate_size": decoder.mlp_width,
-        "num_hidden_layers": decoder.layers,
-        "num_attention_heads": decoder.heads,
-        "num_key_value_heads": decoder.heads_kv,
+        **peer_sizes(decoder),
         "rms_norm_eps": decoder.norm_eps,
-        "max_position_embeddings": decoder.context,
         "rope_parameters": {
             "rope_type": "default",
             "rope_theta": decoder.rotary.theta,
@@ -319,8 +283,8 @@ def prompt_facts(checkpoint: Checkpoint, route: FrameRoute) -> PromptFacts:
     return PromptFacts(
         system=SYSTEM,
         layouts={
-            "video": Layout(filled(CONVERSATION, video=span, image=picture), video),
-            "frames": Layout(filled(CONVERSATION, video=frames, image=picture), token),
+            "video": Layout(filled(CHATML, video=span, image=picture), video),
+            "frames": Layout(filled(CHATML, video=frames, image=picture), token),
         },
         image_token=image,
         end_token="<|im_end|>",

@@ -16,8 +16,6 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from torch import Tensor, nn
-
 from export.checkpoint import Checkpoint, TensorFiles, read_json
 from export.connector.perceiver import Perceiver, PerceiverConfig, matrix, perceiver_config
 from export.families.base import Backbone, FrameRoute, Layout, PromptFacts, filled
@@ -27,6 +25,7 @@ from export.llm.phi3 import phi3_llm
 from export.load import Names, Rows, Rule, Stacked, Whole, prefixed
 from export.peer import Peer
 from export.vision.siglip import SigLIP, SigLIPConfig, siglip_config, siglip_names, siglip_peer
+from export.vision.stage import VisionStage
 from runtime.errors import CheckpointError
 from runtime.preprocess import MAX_SIDE, Preprocess
 
@@ -95,20 +94,6 @@ PROMPT = PromptFacts(
 )
 
 
-class Vision(nn.Module):
-    """Tower and perceiver as one stage."""
-
-    def __init__(self, tower: SigLIPConfig, perceiver: PerceiverConfig, width: int) -> None:
-        super().__init__()
-        self.tower = SigLIP(tower)
-        self.connector = Perceiver(perceiver, width)
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """(F, 3, H, W) -> (F, N, D)."""
-        tokens: Tensor = self.connector(self.tower(pixel_values))
-        return tokens
-
-
 class XGenMM:
     """The family's facts."""
 
@@ -129,7 +114,7 @@ class XGenMM:
         return Backbone(
             family=self.name,
             tokens_per_frame=perceiver.latents,
-            vision=lambda: Vision(tower, perceiver, llm.config.width),
+            vision=lambda: VisionStage(SigLIP(tower), Perceiver(perceiver, llm.config.width)),
             vision_names=Names((*siglip_names("tower.", TOWER), prefixed("connector.", PERCEIVER))),
             vision_peer=siglip_peer(tower, TOWER),
             llm=llm,

@@ -12,7 +12,7 @@ from export.load import Names, Source
 from export.peer import Peer
 from runtime.errors import CheckpointError
 
-__all__ = ["LLM", "Peer", "head_size"]
+__all__ = ["LLM", "Peer", "head_size", "peer_sizes"]
 
 
 @dataclass(frozen=True)
@@ -44,3 +44,18 @@ def head_size(config: Mapping[str, Any], path: str) -> int:
         where = path.removesuffix(".") or "it"
         raise CheckpointError(f"config.json: {where} gives heads of {found} channels, expected an even number")
     return found
+
+
+def peer_sizes(decoder: DecoderConfig) -> dict[str, Any]:
+    """The sizes of a decoder under the names that the configurations of transformers' LLMs share."""
+    return {
+        "vocab_size": decoder.vocab,
+        "hidden_size": decoder.width,
+        "intermediate_size": decoder.mlp_width,
+        "num_hidden_layers": decoder.layers,
+        "num_attention_heads": decoder.heads,
+        "num_key_value_heads": decoder.heads_kv,
+        "max_position_embeddings": decoder.context,
+        "rope_parameters": {"rope_type": "default", "rope_theta": decoder.rotary.theta},
+        "tie_word_embeddings": False,
+    }

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from export.decoder import DecoderConfig
 from export.fields import MOST_LAYERS, SHORTEST_CONTEXT, divided, one_of, optional, positive, shortened, size
-from export.llm.base import LLM, Peer, head_size
+from export.llm.base import LLM, Peer, head_size, peer_sizes
 from export.load import Names, Rearranged, Rule, Whole, prefixed, renamed
 from export.rotary import RotaryConfig
 from runtime.errors import CheckpointError
@@ -118,17 +118,9 @@ def projections(decoder: DecoderConfig, prefix: str) -> Rule:
 def peer(decoder: DecoderConfig, names: Names, table: str) -> Peer:
     """Transformers' Llama, which has the parameters of our decoder and an embedding table besides."""
     config = {
-        "vocab_size": decoder.vocab,
-        "hidden_size": decoder.width,
-        "intermediate_size": decoder.mlp_width,
-        "num_hidden_layers": decoder.layers,
-        "num_attention_heads": decoder.heads,
-        "num_key_value_heads": decoder.heads_kv,
+        **peer_sizes(decoder),
         "head_dim": decoder.head_dim,
         "rms_norm_eps": decoder.norm_eps,
-        "max_position_embeddings": decoder.context,
-        "rope_parameters": {"rope_type": "default", "rope_theta": decoder.rotary.theta},
-        "tie_word_embeddings": False,
         "attention_bias": False,
         "mlp_bias": False,
     }

@@ -13,7 +13,7 @@ from typing import Any
 from export.checkpoint import TensorFiles
 from export.decoder import DecoderConfig
 from export.fields import MOST_LAYERS, SHORTEST_CONTEXT, divided, one_of, optional, positive, shortened, size
-from export.llm.base import LLM, Peer, head_size
+from export.llm.base import LLM, Peer, head_size, peer_sizes
 from export.llm.qwen2 import OVERFLOWS
 from export.load import Names, Rows, Stacked, Whole, renamed
 from export.rotary import RotaryConfig
@@ -162,16 +162,8 @@ def peer(decoder: DecoderConfig, names: Names) -> Peer | None:
     if kind is None:
         return None
     config = {
-        "vocab_size": decoder.vocab,
-        "hidden_size": decoder.width,
-        "intermediate_size": decoder.mlp_width,
-        "num_hidden_layers": decoder.layers,
-        "num_attention_heads": decoder.heads,
-        "num_key_value_heads": decoder.heads_kv,
+        **peer_sizes(decoder),
         "rms_norm_eps": decoder.norm_eps,
-        "max_position_embeddings": decoder.context,
-        "rope_parameters": {"rope_type": "default", "rope_theta": decoder.rotary.theta},
-        "tie_word_embeddings": False,
     }
     layer, block = r"model\.layers\.(\d+)\.", rf"{PREFIX}blocks.\1."
     behind = (

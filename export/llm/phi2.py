@@ -14,7 +14,7 @@ from typing import Any
 
 from export.decoder import DecoderConfig
 from export.fields import MOST_LAYERS, SHORTEST_CONTEXT, one_of, optional, positive, size
-from export.llm.base import LLM, Peer, head_size
+from export.llm.base import LLM, Peer, head_size, peer_sizes
 from export.load import Names, Rule, Whole, prefixed, renamed
 from export.rotary import RotaryConfig
 from runtime.errors import CheckpointError
@@ -96,19 +96,12 @@ def turned(config: Mapping[str, Any], path: str, head_dim: int) -> int:
 def peer(decoder: DecoderConfig, factor: float, names: Names) -> Peer:
     """Transformers' own class, whose parameters have the published names."""
     config = {
-        "vocab_size": decoder.vocab,
-        "hidden_size": decoder.width,
-        "intermediate_size": decoder.mlp_width,
-        "num_hidden_layers": decoder.layers,
-        "num_attention_heads": decoder.heads,
-        "num_key_value_heads": decoder.heads_kv,
+        **peer_sizes(decoder),
         "layer_norm_eps": decoder.norm_eps,
-        "max_position_embeddings": decoder.context,
         "rope_parameters": {
             "rope_type": "default",
             "rope_theta": decoder.rotary.theta,
             "partial_rotary_factor": factor,
         },
-        "tie_word_embeddings": False,
     }
     return Peer("PhiForCausalLM", config, names)

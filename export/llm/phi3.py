@@ -29,7 +29,7 @@ from export.fields import (
     shortened,
     size,
 )
-from export.llm.base import LLM, Peer, head_size
+from export.llm.base import LLM, Peer, head_size, peer_sizes
 from export.load import Names, Rows, Rule, Whole, prefixed
 from export.rotary import RotaryConfig
 from runtime.errors import CheckpointError
@@ -165,19 +165,12 @@ def peer(decoder: DecoderConfig) -> dict[str, Any]:
             "factor": decoder.context / rotary.short_context,
         }
     return {
-        "vocab_size": decoder.vocab,
-        "hidden_size": decoder.width,
-        "intermediate_size": decoder.mlp_width,
-        "num_hidden_layers": decoder.layers,
-        "num_attention_heads": decoder.heads,
-        "num_key_value_heads": decoder.heads_kv,
+        **peer_sizes(decoder),
         "head_dim": decoder.head_dim,
         "rms_norm_eps": decoder.norm_eps,
-        "max_position_embeddings": decoder.context,
         "original_max_position_embeddings": rotary.short_context or decoder.context,
         "rope_parameters": positions,
         "sliding_window": decoder.window + 1 if decoder.window else None,
-        "tie_word_embeddings": False,
         "eos_token_id": None,
         "pad_token_id": None,
     }

@@ -12,7 +12,7 @@ from typing import Any
 
 from export.decoder import DecoderConfig
 from export.fields import MOST_LAYERS, SHORTEST_CONTEXT, divided, one_of, optional, positive, size
-from export.llm.base import LLM, Peer, head_size
+from export.llm.base import LLM, Peer, head_size, peer_sizes
 from export.load import Names, Whole, prefixed
 from export.rotary import RotaryConfig
 
@@ -57,17 +57,9 @@ def qwen2_llm(config: Mapping[str, Any], path: str, prefix: str, *, sections: tu
 def peer(decoder: DecoderConfig, names: Names, table: str) -> Peer:
     """Transformers' own class, whose parameters have the same names and an embedding table besides."""
     config = {
-        "vocab_size": decoder.vocab,
-        "hidden_size": decoder.width,
-        "intermediate_size": decoder.mlp_width,
-        "num_hidden_layers": decoder.layers,
-        "num_attention_heads": decoder.heads,
-        "num_key_value_heads": decoder.heads_kv,
+        **peer_sizes(decoder),
         "head_dim": decoder.head_dim,
         "rms_norm_eps": decoder.norm_eps,
-        "max_position_embeddings": decoder.context,
-        "rope_parameters": {"rope_type": "default", "rope_theta": decoder.rotary.theta},
-        "tie_word_embeddings": False,
     }
     return Peer(
         "Qwen2ForCausalLM", config, Names((("model\\.embed_tokens\\.weight", lambda _: Whole(table)), *names.rules))
