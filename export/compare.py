@@ -28,6 +28,7 @@ __all__ = ["compare", "main"]
 
 PROGRAM = "linvt-compare"
 QUESTION = "What is happening in this video?"
+DEFAULTS = "1e-4, of a float16 stage 2e-2, of bfloat16 0.16"
 UNITS = {"video": "frames", "image": "picture(s)"}
 
 
@@ -43,8 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--frames", type=int, metavar="N", help="frames of each video; default: the bundle's")
     parser.add_argument("--tokens", type=int, default=16, metavar="N", help="greedy tokens compared; default: 16")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the moving shapes; default: 0")
-    parser.add_argument("--atol", type=float, metavar="X", help="accepted difference; default: by the stages' dtypes")
-    parser.add_argument("--rtol", type=float, metavar="X", help="plus X times the largest value; default as well")
+    parser.add_argument("--atol", type=float, metavar="X", help=f"accepted difference; default: {DEFAULTS}")
+    parser.add_argument("--rtol", type=float, metavar="X", help="plus X times the largest value; default: the same")
     parser.add_argument("--backend", choices=BACKENDS, default="auto")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--no-evidence", action="store_true", help="leave the bundle as it is")
