@@ -25,25 +25,6 @@ CACHES = ("past_", "present_")
 MASKS = ("pixel_mask",)  # compared with numbers that a narrow value would be rounded to
 
 
-class Narrow(nn.Module):
-    """A module between casts."""
-
-    def __init__(self, module: nn.Module, dtype: torch.dtype, cast: list[bool], kept: list[bool]) -> None:
-        super().__init__()
-        self.module = module
-        self.dtype = dtype
-        self.cast = cast  # inputs that become narrow
-        self.kept = kept  # outputs that stay narrow
-
-    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """The module's inputs and outputs."""
-        given = (value.to(self.dtype) if cast else value for value, cast in zip(inputs, self.cast, strict=True))
-        found = self.module(*given)
-        if isinstance(found, Tensor):
-            return found.float()
-        return tuple(value if kept else value.float() for value, kept in zip(found, self.kept, strict=True))
-
-
 def narrowed(stage: Stage, dtype: torch.dtype) -> Stage:
     """The stage in ``dtype``; takes the float32 weights out of its module.
 
@@ -63,15 +44,29 @@ def narrowed(stage: Stage, dtype: torch.dtype) -> Stage:
         value.is_floating_point() and name not in MASKS for name, value in zip(stage.inputs, stage.example, strict=True)
     ]
     kept = [name.startswith(CACHES) for name in stage.outputs]
-    return Stage(
-        stage.name,
-        Narrow(stage.module, dtype, cast, kept),
-        example,
-        stage.inputs,
-        stage.outputs,
-        stage.axes,
-        named_inputs=0,
-    )
+    module = between_casts(stage.module, dtype, cast, kept)
+    return Stage(stage.name, module, example, stage.inputs, stage.outputs, stage.axes, named_inputs=0)
+
+
+def between_casts(module: nn.Module, dtype: torch.dtype, cast: list[bool], kept: list[bool]) -> nn.Module:
+    """The same module, which takes float32 for the inputs to ``cast`` and gives it for the outputs not ``kept``.
+
+    Not one around it: the parameters keep the names that they have in every other dtype.
+    """
+
+    class Narrow(type(module)):  # type: ignore[misc]
+        """The module between casts."""
+
+        def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+            """The module's inputs and outputs."""
+            given = (value.to(dtype) if narrow else value for value, narrow in zip(inputs, cast, strict=True))
+            found: Tensor | tuple[Tensor, ...] = super().forward(*given)
+            if isinstance(found, Tensor):
+                return found.float()
+            return tuple(value if narrow else value.float() for value, narrow in zip(found, kept, strict=True))
+
+    module.__class__ = Narrow
+    return module
 
 
 def check_range(name: str, values: Tensor, stage: str, dtype: torch.dtype) -> None:
