@@ -308,6 +308,12 @@ def write_text(
     facts = backbone.prompt
     tokenizer = tokenizer_from_checkpoint(checkpoint, facts)
     (draft / TOKENIZER).write_text(tokenizer.to_str(pretty=True), "utf-8")
+    stops = stop_ids(checkpoint, tokenizer, facts.end_token)
+    if max(stops) >= backbone.llm.table_rows:
+        raise CheckpointError(
+            f"generation_config.json has eos_token_id {max(stops)}, the vocabulary {backbone.llm.table_rows} rows; "
+            "the file is another model's"
+        )
     name = options.layout if weights else "frames"
     if name not in facts.layouts:
         raise OptionError(f"--layout {name}: {backbone.family} has the layouts {', '.join(facts.layouts)}")
@@ -319,7 +325,7 @@ def write_text(
         visual_id=token_id(tokenizer, layout.visual_token),
         image_token=facts.image_token,
         image_id=token_id(tokenizer, facts.image_token),
-        stop_ids=stop_ids(checkpoint, tokenizer, facts.end_token),
+        stop_ids=stops,
         reserved=facts.reserved,
         text_input=options.text_input,
         add_special_tokens=facts.add_special_tokens,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -29,6 +28,7 @@ Field = TypeVar("Field")
 LARGEST = 2**24  # of any width, vocabulary or context; no published model comes near
 MOST_LAYERS = 1024  # of tower or LLM; building a module for a mistyped number would not end
 SHORTEST_CONTEXT = 64  # tokens; the template alone takes about as many
+HIGHEST = 1e12  # of an epsilon, a base of wave lengths or a factor
 LONGEST_SHOWN = 80  # characters of a value in an error message
 
 
@@ -88,8 +88,8 @@ def divided(config: Mapping[str, Any], whole: str, part: str) -> int:
 def positive(config: Mapping[str, Any], path: str) -> float:
     """A finite number above 0, e.g. an epsilon."""
     value = field(config, path, float)
-    if not 0 < value < math.inf:
-        raise CheckpointError(f"config.json field {path} is {value}, expected a number above 0")
+    if not 0 < value <= HIGHEST:
+        raise CheckpointError(f"config.json field {path} is {value}, expected a number above 0, at most {HIGHEST:g}")
     return value
 
 

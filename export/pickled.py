@@ -1,6 +1,7 @@
 """pytorch_model files (``torch.save`` of a state dict), read like safetensors.
 
-Only tensors and plain containers are unpickled, so that a file cannot run code.
+Only tensors and plain containers are unpickled, so that a file cannot run code. A file is mapped into memory and stays
+so between reads; pages that were read count as the process' own, so that it is mapped anew from time to time.
 """
 
 from __future__ import annotations
@@ -19,20 +20,36 @@ from runtime.errors import CheckpointError
 __all__ = ["PickleReader"]
 
 SPELLED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+REMAPPED = 2**27  # bytes read between one mapping and the next, which costs some tenths of a second
 TORCH_ERRORS = (
     *(RuntimeError, ValueError, EOFError, OSError, LookupError, TypeError, AttributeError),
     pickle.UnpicklingError,
 )
 
 
+@dataclass
+class Pickled:
+    """The tensors of one file.
+
+    Attributes:
+        mapped: they lie in the file rather than in memory.
+        read: bytes of them that were asked for.
+    """
+
+    tensors: Mapping[str, Tensor]
+    mapped: bool
+    read: int = 0
+
+
 @functools.lru_cache(maxsize=1)
-def pickled(path: Path, changed: int) -> Mapping[str, Tensor]:
-    """The tensors of a pytorch_model file, memory-mapped where its format allows; ``changed`` is its time."""
+def pickled(path: Path, changed: int) -> Pickled:
+    """A pytorch_model file, memory-mapped where its format allows; ``changed`` is its time."""
+    mapped = True
     try:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # the format before torch 1.6 cannot be mapped
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content, mapped = torch.load(path, map_location="cpu", weights_only=True), False
     except TORCH_ERRORS as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
@@ -40,14 +57,14 @@ def pickled(path: Path, changed: int) -> Mapping[str, Tensor]:
         ) from error
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise CheckpointError(f"{path} holds {type(content).__name__}, expected tensors by name; give the state dict")
-    return content
+    return Pickled(content, mapped)
 
 
 @dataclass(frozen=True)
 class PickleReader:
-    """The part of a safetensors reader that is used here, over tensors in a mapping."""
+    """The part of a safetensors reader that is used here."""
 
-    tensors: Mapping[str, Tensor]
+    content: Pickled
 
     @classmethod
     def open(cls, path: Path) -> PickleReader:
@@ -56,15 +73,19 @@ class PickleReader:
 
     def keys(self) -> list[str]:
         """Names of all tensors."""
-        return list(self.tensors)
+        return list(self.content.tensors)
 
     def get_tensor(self, name: str) -> Tensor:
         """One tensor."""
-        return self.tensors[name].contiguous()
+        tensor = self.content.tensors[name].contiguous()
+        self.content.read += tensor.nbytes
+        if self.content.mapped and self.content.read > REMAPPED:
+            pickled.cache_clear()  # the mapping goes with its last tensor
+        return tensor
 
     def get_slice(self, name: str) -> PickleSlice:
         """Shape and dtype of one tensor."""
-        return PickleSlice(self.tensors[name])
+        return PickleSlice(self.content.tensors[name])
 
     def metadata(self) -> None:
         """These files have none."""

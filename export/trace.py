@@ -18,6 +18,7 @@ import torch
 
 from export.passes import attach_gather_pool, fold_constants, transpose_weights
 from export.stages import Stage
+from runtime.errors import CheckpointError
 
 __all__ = ["OPSET", "onnx_from_stage"]
 
@@ -26,7 +27,7 @@ OPSET = 24
 
 def onnx_from_stage(stage: Stage) -> ir.Model:
     """Trace ``stage``; inputs and outputs get the stage's names."""
-    with quiet(), torch.no_grad():
+    with quiet(), torch.no_grad(), translated(stage):
         program = torch.onnx.export(
             stage.module.eval(),
             stage.example,
@@ -63,6 +64,19 @@ def drop_traces(model: ir.Model) -> None:
     for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
     model.metadata_props.clear()
+
+
+@contextlib.contextmanager
+def translated(stage: Stage) -> Iterator[None]:
+    """Turn the tracer's errors into one line."""
+    try:
+        yield
+    except torch.onnx.OnnxExporterError as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"stage {stage.name} could not be traced: {reason:.200}; check the numbers in config.json, and report it "
+            "where they are as published"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -35,6 +35,9 @@ CACHE_BLOCK = 64  # tokens: sizes of the cache are rounded up so that questions 
 ANSWER_ROOM = 128  # tokens of an answer before the cache grows for the first time
 MESSAGE_PREFIX = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
 MESSAGE_LENGTH = 300  # characters; ONNX Runtime names C++ functions at length
+# ONNX Runtime 1.27 and later cast weights once, while loading, up to 1 GiB unless told otherwise; a head of 152064
+# tokens and 3584 channels would be cast for every token. Earlier releases know neither the limit nor the key.
+CAST_LIMIT = ("optimization.constant_folding_max_output_size_in_bytes", str(2**34))
 # Of the KV cache: its number in ONNX, and what holds it here. NumPy has no bfloat16, whose zero is 16 zero bits too.
 CACHE_DTYPES: dict[str, tuple[int, np.dtype[Any]]] = {
     "float32": (1, np.dtype(np.float32)),
@@ -137,6 +140,7 @@ def create_session(path: Path, name: str, threads: int | None) -> ort.InferenceS
     """Load one graph; ONNX Runtime itself would go on quietly on the CPU where the device does not start."""
     options = ort.SessionOptions()
     options.log_severity_level = SILENT
+    options.add_session_config_entry(*CAST_LIMIT)
     if threads is not None:
         options.intra_op_num_threads = threads
     providers = [PROVIDERS[name]] + ([PROVIDERS["cpu"]] if name != "cpu" else [])

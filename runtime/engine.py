@@ -171,9 +171,9 @@ class VideoQA:
         self, source: VideoLike, timestamps: NDArray[np.float64], choice: FrameChoice
     ) -> NDArray[np.int64]:
         """Indices of the frames to take; an array that fits is taken whole: its owner chose the frames."""
-        spec = self.bundle.manifest.frames
-        count = len(timestamps)
-        if isinstance(source, np.ndarray) and choice == FrameChoice() and spec.minimum <= count <= spec.maximum:
+        spec, count = self.bundle.manifest.frames, len(timestamps)
+        fits = spec.minimum <= count and (count <= spec.maximum or self.bundle.manifest.linvt is None)
+        if isinstance(source, np.ndarray) and choice == FrameChoice() and fits:
             return np.arange(count)
         return choose(timestamps, choice, minimum=spec.minimum, default=spec.default, maximum=spec.maximum)
 

@@ -73,6 +73,30 @@ def test_an_unknown_family_is_refused_with_the_known_ones(folder: Path, value: o
         assert family in message
 
 
+LAYERS = {
+    "internvl2-qwen2-a": ("config.json", "vision_config.num_hidden_layers", 1),
+    "qwen2vl-a": ("config.json", "vision_config.depth", 2),
+    "aquila-a": ("siglip-tiny-patch14/config.json", "vision_config.num_hidden_layers", 2),
+    "molmo-a": ("config.json", "vision_backbone.image_num_layers", 9),
+    "xgenmm-a": ("siglip-tiny/config.json", "vision_config.num_hidden_layers", 1),
+    "mipha-a": ("config.json", "vision_config.vision_tower.num_hidden_layers", 2),
+}
+
+
+@pytest.mark.parametrize("name", list(LAYERS), indirect=True)
+def test_a_config_that_knows_a_part_of_the_tower_only_is_refused(folder: Path, name: str) -> None:
+    file, field, fewer = LAYERS[name]
+    edit_json(folder / file, field, fewer)
+    message = refusal(folder, "none")
+    assert f"gives the tower {fewer - (name == 'aquila-a')} layers" in message and "tensor " in message
+
+
+@pytest.mark.parametrize("name", ["qwen2vl-a", "aquila-a", "molmo-a", "mipha-a"], indirect=True)
+def test_a_config_that_knows_a_part_of_the_llm_only_is_refused(folder: Path) -> None:
+    edit_json(folder / "config.json", "num_hidden_layers", 1)
+    assert "gives the LLM 1 layers" in refusal(folder, "none")
+
+
 def test_a_quantised_checkpoint_is_refused_by_its_field(folder: Path) -> None:
     edit_json(folder / "config.json", "quantization_config", {"quant_method": "awq"})
     assert "quantization_config" in refusal(folder, "none")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from export.checkpoint import Checkpoint
 from export.families.aquila import AQUILA
 from export.families.base import Backbone, Family, FrameRoute
@@ -43,11 +45,19 @@ def backbone_from_checkpoint(checkpoint: Checkpoint, route: FrameRoute | None = 
 
 
 def refuse_more_layers(checkpoint: Checkpoint, backbone: Backbone) -> None:
-    """An LLM of which config.json names a part only would answer, and answer wrongly."""
-    layers = backbone.llm.config.layers
-    (name, *_) = backbone.llm.names(f"model.layers.{layers}.input_layernorm.weight").names
-    if name in checkpoint.tensors.files:
-        raise CheckpointError(
-            f"tensor {name} is of a layer that config.json, which gives the LLM {layers} layers, does not know; "
-            "the configuration belongs to other weights"
-        )
+    """An LLM or a tower of which config.json names a part only would answer, and answer wrongly."""
+    llm, blocks = backbone.llm, backbone.tower_blocks
+    with torch.device("meta"):
+        parameters = [name for name, _ in backbone.vision().named_parameters()]
+    first = next(name for name in parameters if name.endswith(".0.norm1.weight"))
+    (block, *_) = backbone.vision_names(first).names
+    (layer, *_) = llm.names(f"model.layers.{llm.config.layers}.input_layernorm.weight").names
+    for part, count, name in (
+        ("LLM", llm.config.layers, layer),
+        ("tower", blocks, block.replace(".0.", f".{blocks}.")),
+    ):
+        if name in checkpoint.tensors.files:
+            raise CheckpointError(
+                f"tensor {name} is of a layer that config.json, which gives the {part} {count} layers, does not know; "
+                "the configuration belongs to other weights"
+            )

@@ -89,6 +89,7 @@ class Aquila:
             llm=with_newline(llm) if newline else llm,
             preprocess=preprocess(config, tower, route),
             pooled=pool is not None,
+            tower_blocks=tower.layers,  # the last one of SigLIP is deleted before saving
             prompt=prompt(frames_layout(config, route, side), llm.table_rows if newline else None),
         )
 

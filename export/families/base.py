@@ -114,6 +114,7 @@ class Backbone:
         vision_names: from that module's parameters to the checkpoint's.
         vision_peer: the same module, or a part of it, in transformers.
         frame_group: frames that become one set of tokens together.
+        tower_blocks: blocks of the tower that the checkpoint holds, as config.json says, used or not.
         grid: rows and columns of the N tokens, for an LLM whose positions have three axes.
         pooled: the tokens are pooled for the prompt, so that LinVT has no use for them.
         merge: whether visual rows replace those of the placeholders or are added to them.
@@ -126,6 +127,7 @@ class Backbone:
     llm: LLM
     preprocess: Preprocess
     prompt: PromptFacts
+    tower_blocks: int
     frame_group: int = 1
     grid: tuple[int, int] | None = None
     pooled: bool = False

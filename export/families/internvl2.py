@@ -116,10 +116,16 @@ class InternVL2:
         tower = tower_config(config)
         spoken = language(config)
         llm = spoken.read(config, "llm_config.", "language_model.")
+        if not tower.qkv_bias and (bias := "vision_model.encoder.layers.0.attn.qkv.bias") in checkpoint.tensors.files:
+            raise CheckpointError(
+                f"config.json field vision_config.qkv_bias is false, but there is a tensor {bias}; the configuration "
+                "belongs to other weights"
+            )
         block = shuffle_block(config, tower)
         version = one_of(config, "ps_version", "v1", "v2")
         return Backbone(
             family=self.name,
+            tower_blocks=tower.layers,
             tokens_per_frame=(tower.grid // block) ** 2,
             vision=lambda: VisionStage(
                 InternViT(tower), PixelShuffleMLP(tower.width, llm.config.width, block=block, version=version)

@@ -68,6 +68,7 @@ class Mipha:
         depth = connector_depth(config, tower.width, llm.config.width)
         return Backbone(
             family=self.name,
+            tower_blocks=size(config, f"{TOWER}num_hidden_layers"),
             tokens_per_frame=tower.patches,
             vision=lambda: VisionStage(SigLIP(tower), MLPConnector(tower.width, llm.config.width, depth=depth)),
             vision_names=Names(

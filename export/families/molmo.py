@@ -100,6 +100,7 @@ class Molmo:
         check_preprocessor(checkpoint.json("preprocessor_config.json"), tower, connector)
         return Backbone(
             family=self.name,
+            tower_blocks=tower.stored,
             tokens_per_frame=connector.side**2,
             vision=lambda: VisionStage(CLIP(tower), AttentionPoolingMLP(connector)),
             vision_names=vision_names(tower),
@@ -144,13 +145,15 @@ def tower_config(config: Mapping[str, Any]) -> CLIPConfig:
             f"config.json: {path}num_heads {heads} with {path}head_dim "
             f"{shortened(given['vision_backbone'].get('image_head_dim'))} do not make {path}emb_dim {width}"
         )
+    stored = size(given, f"{path}num_layers", most=MOST_LAYERS)
     tower = CLIPConfig(
         width=width,
         heads=heads,
         mlp_width=size(given, f"{path}mlp_dim"),
         patch_size=size(given, f"{path}patch_size", most=MAX_SIDE),
         image_size=square_side(given, f"{path}default_input_size"),
-        layers=used_layers(config, size(given, f"{path}num_layers", most=MOST_LAYERS)),
+        layers=used_layers(config, stored),
+        stored=stored,
         norm_eps=positive(given, f"{path}norm_eps"),
         activation=one_of(given, f"{path}mlp_activations", "quick_gelu", "gelu", "gelu_tanh"),
     )

@@ -68,12 +68,10 @@ class Qwen2VL:
             )
         newer = any(name.startswith("model.visual.") for name in tensors.files)  # see ``relocated``
         prefix = "model.visual." if newer else "visual."
-        refuse_more_layers(tensors, "vision_config.depth", tower.layers, f"{prefix}blocks.{tower.layers}.norm1.weight")
-        layers, norm = llm.config.layers, f"model.layers.{llm.config.layers}.input_layernorm.weight"
-        refuse_more_layers(tensors, "num_hidden_layers", layers, *llm.names(norm).names)
         peer = whole_peer(config, llm, tower, prefix)
         return Backbone(
             family=self.name,
+            tower_blocks=tower.layers,
             tokens_per_frame=math.prod(tower.grid),
             vision=lambda: VisionStage(
                 Qwen2VLTower(tower), PatchMerger(tower.width, llm.config.width, merge=tower.merge)
@@ -106,15 +104,6 @@ def refuse_relatives(checkpoint: Checkpoint) -> None:
         raise CheckpointError(
             f"{checkpoint.folder} has no chat template, as a base model that was not taught to answer; give an "
             "Instruct checkpoint or add its chat_template.json"
-        )
-
-
-def refuse_more_layers(tensors: TensorFiles, path: str, count: int, following: str) -> None:
-    """A checkpoint that goes on behind the last of its ``count`` layers is not the one ``config.json`` describes."""
-    if following in tensors.files:
-        raise CheckpointError(
-            f"config.json field {path} is {count}, but there is a tensor {following}; the configuration belongs to "
-            "other weights"
         )
 
 

@@ -113,6 +113,7 @@ class XGenMM:
         check_extra_tokens(checkpoint, llm.table_rows - len(EXTRA_TOKENS))
         return Backbone(
             family=self.name,
+            tower_blocks=tower.layers,
             tokens_per_frame=perceiver.latents,
             vision=lambda: VisionStage(SigLIP(tower), Perceiver(perceiver, llm.config.width)),
             vision_names=Names((*siglip_names("tower.", TOWER), prefixed("connector.", PERCEIVER))),

@@ -104,8 +104,10 @@ def rotary_config(config: Mapping[str, Any], path: str, head_dim: int) -> Rotary
             f"config.json field {where}.{unknown[0]} is set; Phi-3's longrope is published with "
             "short_factor and long_factor alone"
         )
-    short = optional(config, f"{path}original_max_position_embeddings", SHORT_CONTEXT)
-    short = optional(config, f"{where}.original_max_position_embeddings", short)
+    short = SHORT_CONTEXT
+    for place in (f"{path}original_max_position_embeddings", f"{where}.original_max_position_embeddings"):
+        if optional(config, place, 0):
+            short = size(config, place)
     if short < 2:
         raise CheckpointError(
             f"config.json field {path}original_max_position_embeddings is {short}, expected 2 or more tokens"

@@ -21,6 +21,7 @@ class CLIPConfig:
 
     Attributes:
         image_size: side of the square it was made for, in pixels.
+        stored: blocks that the checkpoint holds; 0 for as many as are used.
         layers: blocks whose outputs are joined, counted from 0, in the order in which they are joined.
     """
 
@@ -32,6 +33,7 @@ class CLIPConfig:
     layers: tuple[int, ...]
     norm_eps: float = 1e-5
     activation: Activation = "quick_gelu"
+    stored: int = 0
 
     @property
     def grid(self) -> int:
