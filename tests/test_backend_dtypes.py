@@ -16,7 +16,8 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
-from runtime.backend_ort import ANSWER_ROOM, CACHE_BLOCK, OrtDecoder, check_tensors
+from runtime.backend_ort import ANSWER_ROOM, CACHE_BLOCK, CAST_LIMIT, OrtDecoder, check_tensors, create_session
+from runtime.bundle import DEMO, bundle_path
 from runtime.errors import BackendError
 from runtime.manifest import Manifest, StageSpec, TensorSpec
 
@@ -170,3 +171,9 @@ def test_a_cache_of_another_kind_is_refused_in_one_line(session: ort.InferenceSe
     assert str(caught.value) == (
         "decode.onnx has a KV cache of int64, expected float32, float16, bfloat16; export the bundle again"
     )
+
+
+def test_weights_of_more_than_a_gibibyte_are_cast_while_loading() -> None:
+    session = create_session(bundle_path(DEMO) / "aggregate.onnx", "cpu", 1)
+    entry = session.get_session_options().get_session_config_entry(CAST_LIMIT[0])
+    assert int(entry) > 152064 * 8192 * 4  # bytes of the largest head that is published: Qwen2-72B's

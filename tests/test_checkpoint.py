@@ -16,7 +16,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from export.checkpoint import Checkpoint
+from export import pickled
+from export.checkpoint import Checkpoint, TensorFiles
 from tests.checkpoints import WITH_LINVT, assert_equal_parts, copied, edit_json, parts_of, refusal, rewrite
 
 
@@ -126,6 +127,35 @@ def test_the_format_before_torch_1_6_is_read_too(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     assert_equal_parts(parts_of(folder), parts_of(WITH_LINVT))
+
+
+def test_what_was_read_of_a_pytorch_file_does_not_stay_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pickled, "REMAPPED", 2**22)
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({str(index): torch.rand(2**18) for index in range(64)}, path)  # 64 MiB
+    tensors = TensorFiles.scan([path])
+    before = file_bytes_in_memory()
+    sums = [float(tensors.tensor(name).sum()) for name in tensors.files]
+    held = file_bytes_in_memory() - before
+    print(f"{held / 2**20:.1f} MiB of 64 are held")
+    assert min(sums) > 0 and held < 2**24
+
+
+def file_bytes_in_memory() -> int:
+    """Bytes of this process' memory that are pages of files."""
+    return int(Path("/proc/self/status").read_text().split("RssFile:")[1].split()[0]) * 1024
+
+
+def test_a_file_that_cannot_be_mapped_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pickled, "REMAPPED", 0)
+    path = folder / "pytorch_model.bin"
+    torch.save(load_file(folder / "model.safetensors"), path, _use_new_zipfile_serialization=False)
+    tensors = TensorFiles.scan([path])
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("read again"))
+    for name in tensors.files:
+        tensors.tensor(name)
 
 
 def test_safetensors_are_taken_where_both_are_there(folder: Path) -> None:
