@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from pathlib import Path
 from types import TracebackType
 
 from tqdm import tqdm
@@ -42,11 +43,18 @@ class Steps:
     def end(self) -> None:
         """Report the step that runs, if any."""
         if self.step is not None:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux -> GiB
             seconds = time.perf_counter() - self.began
-            self.say(f"{self.title}: {self.step:<10} {seconds:6.1f} s   peak {peak:.2f} GiB")
+            self.say(f"{self.title}: {self.step:<10} {seconds:6.1f} s   peak {peak_memory() / 2**30:.2f} GiB")
         self.step = None
 
     def say(self, line: str) -> None:
         """A line that stays, above the bar."""
         self.bar.write(line, file=sys.stderr)
+
+
+def peak_memory() -> int:
+    """Most bytes this process has held so far; ``ru_maxrss`` would begin at its parent's peak."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -12,7 +12,7 @@ from export.load import Names, Source
 from export.peer import Peer
 from runtime.errors import CheckpointError
 
-__all__ = ["LLM", "Peer", "head_size", "peer_sizes"]
+__all__ = ["LLM", "Peer", "head_size", "key_heads", "peer_sizes"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,18 @@ def head_size(config: Mapping[str, Any], path: str) -> int:
     if found % 2 or not 2 <= found <= size(config, f"{path}hidden_size"):
         where = path.removesuffix(".") or "it"
         raise CheckpointError(f"config.json: {where} gives heads of {found} channels, expected an even number")
+    return found
+
+
+def key_heads(config: Mapping[str, Any], path: str) -> int:
+    """Heads of keys and values: as many as of queries where the field is absent."""
+    heads = size(config, f"{path}num_attention_heads")
+    found = optional(config, f"{path}num_key_value_heads", heads)
+    if not 1 <= found <= heads or heads % found:
+        raise CheckpointError(
+            f"config.json field {path}num_key_value_heads is {found}, expected a divisor of "
+            f"{path}num_attention_heads, which is {heads}"
+        )
     return found
 
 

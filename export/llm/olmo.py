@@ -13,7 +13,7 @@ from typing import Any
 from export.checkpoint import TensorFiles
 from export.decoder import DecoderConfig
 from export.fields import MOST_LAYERS, SHORTEST_CONTEXT, divided, one_of, optional, positive, shortened, size
-from export.llm.base import LLM, Peer, head_size, peer_sizes
+from export.llm.base import LLM, Peer, head_size, key_heads, peer_sizes
 from export.llm.qwen2 import OVERFLOWS
 from export.load import Names, Rows, Stacked, Whole, renamed
 from export.rotary import RotaryConfig
@@ -70,11 +70,7 @@ def olmo_llm(config: Mapping[str, Any], tensors: TensorFiles) -> LLM:
 def decoder_config(config: Mapping[str, Any], tensors: TensorFiles) -> DecoderConfig:
     """Sizes and choices; ``intermediate_size`` is that of gate and up together."""
     heads = size(config, "num_attention_heads")
-    heads_kv = optional(config, "num_key_value_heads", heads)
-    if not 1 <= heads_kv <= heads or heads % heads_kv:
-        raise CheckpointError(
-            f"config.json field num_key_value_heads is {heads_kv}, expected a divisor of num_attention_heads, {heads}"
-        )
+    heads_kv = key_heads(config, "")
     if size(config, "intermediate_size", least=2) % 2:
         raise CheckpointError(
             f"config.json field intermediate_size is {config['intermediate_size']}, expected an even number: "

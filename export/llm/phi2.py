@@ -14,7 +14,7 @@ from typing import Any
 
 from export.decoder import DecoderConfig
 from export.fields import MOST_LAYERS, SHORTEST_CONTEXT, one_of, optional, positive, size
-from export.llm.base import LLM, Peer, head_size, peer_sizes
+from export.llm.base import LLM, Peer, head_size, key_heads, peer_sizes
 from export.load import Names, Rule, Whole, prefixed, renamed
 from export.rotary import RotaryConfig
 from runtime.errors import CheckpointError
@@ -42,7 +42,7 @@ def phi2_llm(config: Mapping[str, Any], path: str, prefix: str) -> LLM:
         width=size(config, f"{path}hidden_size"),
         layers=size(config, f"{path}num_hidden_layers", most=MOST_LAYERS),
         heads=heads,
-        heads_kv=key_heads(config, path, heads),
+        heads_kv=key_heads(config, path),
         head_dim=head_dim,
         mlp_width=size(config, f"{path}intermediate_size"),
         rotary=RotaryConfig(positive(config, f"{path}rope_theta"), turned(config, path, head_dim)),
@@ -68,17 +68,6 @@ def phi2_llm(config: Mapping[str, Any], path: str, prefix: str) -> LLM:
     factor = positive(config, f"{path}partial_rotary_factor")
     same = peer(decoder, factor, Names((*head, prefixed("", prefix))))
     return LLM(decoder, names, Whole(table), decoder.vocab, same, OVERFLOWS)
-
-
-def key_heads(config: Mapping[str, Any], path: str, heads: int) -> int:
-    """Heads of keys and values: as many as of queries where the field is absent."""
-    found = optional(config, f"{path}num_key_value_heads", heads)
-    if not 1 <= found <= heads or heads % found:
-        raise CheckpointError(
-            f"config.json field {path}num_key_value_heads is {found}, expected a divisor of "
-            f"{path}num_attention_heads, which is {heads}"
-        )
-    return found
 
 
 def turned(config: Mapping[str, Any], path: str, head_dim: int) -> int:
