@@ -80,8 +80,8 @@ def height_and_width(text: str) -> tuple[int, int]:
 def export(arguments: argparse.Namespace) -> int:
     """Run the export with a progress display on stderr."""
     require_extra()
+    from calibration.progress import Steps
     from export.convert import ExportOptions, bundle_from_checkpoint
-    from export.progress import Steps
 
     options = ExportOptions(
         checkpoint=arguments.checkpoint,

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from calibration.parity import CHAIN, REFERENCE, Row, Tolerance, greedy_row, selection_row, tolerance_of, value_row
 from export.evidence import Case
-from export.parity import CHAIN, REFERENCE, Row, Tolerance, greedy_row, selection_row, tolerance_of, value_row
 from export.reference import Reference
 from runtime.answer import Stopwatch
 from runtime.backend import Array

@@ -19,9 +19,9 @@ from runtime.cli import Parser, ascii_json, guarded, printable
 from runtime.errors import OptionError
 
 if TYPE_CHECKING:
+    from calibration.parity import Tolerance
     from export.cases import Comparer
     from export.evidence import Case, Comparison
-    from export.parity import Tolerance
     from runtime.manifest import FrameSpec, Manifest
 
 __all__ = ["compare", "main"]
@@ -102,7 +102,7 @@ def cases_of(arguments: argparse.Namespace, comparer: Comparer) -> Iterator[Case
 
 def tolerances(atol: float | None, rtol: float | None, manifest: Manifest) -> tuple[Tolerance | None, Tolerance]:
     """What is to hold for every stage, None where its dtype decides; and the widest that holds for any."""
-    from export.parity import CHAIN, STAGES, Tolerance, tolerance_of
+    from calibration.parity import CHAIN, STAGES, Tolerance, tolerance_of
 
     computes = {name: spec.compute for name, spec in manifest.stages.items()}
     widest = tolerance_of(computes, STAGES[-1], CHAIN)

@@ -20,6 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
+from calibration.passes import narrow_weights
+from calibration.stage_file import write_stage_file
+from calibration.write import bundle_draft, file_specs, replace_file
 from export.checkpoint import Checkpoint
 from export.decoder import Decoder
 from export.families import Backbone, backbone_from_checkpoint
@@ -27,15 +30,13 @@ from export.families.base import FrameRoute, Route
 from export.linvt import LinVT
 from export.linvt.layout import LinVTWeights, linvt_from_checkpoint, linvt_from_file
 from export.load import load_module
-from export.passes import lower_opset, narrow_weights
 from export.precision import DTYPES, narrowed
 from export.stages import Stage, aggregate_stage, decode_stage, refine_stage, vision_stage
 from export.tokenizer import generation_defaults, stop_ids, token_id, tokenizer_from_checkpoint
 from export.trace import onnx_from_stage
-from export.write import bundle_draft, file_specs, replace_file, save_graph
 from runtime.bundle import MANIFEST
 from runtime.errors import CheckpointError, OptionError, OutputError
-from runtime.manifest import FrameSpec, Manifest, StageSpec, TensorSpec, encode_manifest
+from runtime.manifest import FrameSpec, Manifest, StageSpec, encode_manifest
 from runtime.positions import PositionSpec
 from runtime.text import PromptSpec
 from runtime.version import __version__
@@ -257,32 +258,8 @@ def write_stage(draft: Path, stage: Stage, narrow: ir.DataType | None, dtype: Dt
     model = onnx_from_stage(stage)
     wide = dtype == "float32"
     stored_narrow = wide and narrow is not None and narrow_weights(model, narrow)
-    file = save_graph(model, draft, stage.name)
-    return StageSpec(
-        file,
-        tuple(map(tensor_spec, model.graph.inputs)),
-        tuple(map(tensor_spec, model.graph.outputs)),
-        older=(write_older(draft, stage.name),),
-        compute=dtype,
-        storage=narrow.name.lower() if stored_narrow and narrow else dtype,  # type: ignore[arg-type]
-    )
-
-
-def write_older(draft: Path, name: str) -> str:
-    """Write the graph once more for engines that know opset 23 only, over the same weights; the file's name."""
-    model = ir.load(draft / f"{name}.onnx")
-    lower_opset(model)
-    file = f"{name}.opset{model.opset_imports['']}.onnx"
-    ir.save(model, draft / file)
-    return file
-
-
-def tensor_spec(value: ir.Value) -> TensorSpec:
-    """The manifest's view of a graph input or output."""
-    assert value.name and value.shape is not None and value.dtype is not None
-    shape = tuple(axis if isinstance(axis, int) else str(axis.value) for axis in value.shape)
-    dtype = "float32" if value.dtype == ir.DataType.FLOAT else value.dtype.name.lower()
-    return TensorSpec(value.name, dtype, shape)  # type: ignore[arg-type]
+    storage = narrow.name.lower() if stored_narrow and narrow else dtype
+    return write_stage_file(model, draft, stage.name, compute=dtype, storage=storage)  # type: ignore[arg-type]
 
 
 def write_embedding(draft: Path, checkpoint: Checkpoint, backbone: Backbone) -> None:

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from export.parity import STAGES, Row, Tolerance
-from export.write import replace_file
+from calibration.parity import STAGES, Row, Tolerance
+from calibration.write import replace_file
 from runtime.bundle import EVIDENCE, Bundle
 from runtime.version import __version__
 

@@ -1,13 +1,15 @@
 """The token embedding table, looked up in numpy straight from the memory-mapped file.
 
 Reads ``embedding.safetensors``: eight bytes of header length, a JSON header, one tensor ``embedding`` (V, D)
-in F32, F16 or BF16. Pages are read when a token is looked up: a table of a gigabyte costs almost no memory.
+in F32, F16 or BF16; or in I8 beside a tensor ``scale`` (V,) F32, which every row is multiplied by its number of. Pages
+are read when a token is looked up: a table of a gigabyte costs almost no memory.
 
 Does not read other safetensors files, does not write, and does not follow a file that changes while mapped.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from io import BufferedReader
@@ -24,17 +26,30 @@ from runtime.text import Prompt, PromptSpec
 __all__ = ["EmbeddingTable", "prompt_rows"]
 
 _HEADER_LIMIT = 1 << 16  # bytes; a header of one tensor has about a hundred
-_STORED: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+_STORED: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+    "I8": np.dtype("i1"),
+}
+Stored = Literal["F32", "F16", "BF16", "I8"]
 
 
 class _Tensor(msgspec.Struct, forbid_unknown_fields=True):
-    dtype: Literal["F32", "F16", "BF16"]
+    dtype: Stored
     shape: tuple[int, int]
+    data_offsets: tuple[int, int]
+
+
+class _Scale(msgspec.Struct, forbid_unknown_fields=True):
+    dtype: Literal["F32"]
+    shape: tuple[int]
     data_offsets: tuple[int, int]
 
 
 class _Header(msgspec.Struct, forbid_unknown_fields=True):
     embedding: _Tensor
+    scale: _Scale | None = None
     metadata: dict[str, str] = msgspec.field(name="__metadata__", default_factory=dict)
 
 
@@ -44,11 +59,12 @@ class EmbeddingTable:
     Attributes:
         vocabulary: V, number of rows.
         width: D, length of a row.
-        dtype: how the rows are stored, "F32", "F16" or "BF16".
+        dtype: how the rows are stored, "F32", "F16", "BF16" or "I8".
     """
 
-    def __init__(self, stored: NDArray[Any], dtype: Literal["F32", "F16", "BF16"]) -> None:
-        self._stored = stored  # (V, D) f32, f16, or bf16 as u16
+    def __init__(self, stored: NDArray[Any], dtype: Stored, scales: NDArray[np.float32] | None = None) -> None:
+        self._stored = stored  # (V, D) f32, f16, bf16 as u16, or i8
+        self._scales = scales  # (V,) f32, of i8
         self.dtype = dtype
         self.vocabulary, self.width = stored.shape
 
@@ -61,17 +77,18 @@ class EmbeddingTable:
         """
         try:
             with Path(path).open("rb") as file:
-                tensor, start = _read_header(file)
-                mapped: NDArray[Any] = np.memmap(file, _STORED[tensor.dtype], "r", start, tensor.shape)
+                header, start = _read_header(file)
+                mapped = _mapped(file, header.embedding, start)
+                scales = np.array(_mapped(file, header.scale, start)) if header.scale else None
         except OSError as error:
             reason = error.strerror or error
             raise BundleError(f"{path} cannot be read: {reason}; expected a file of the bundle") from error
         except ValueError as error:  # also what msgspec raises
             raise BundleError(
                 f"{path} is not an embedding table: {error}; expected one tensor 'embedding' (V, D) in F32, "
-                "F16 or BF16; copy or export the bundle again"
+                "F16 or BF16, or in I8 with 'scale' (V,); copy or export the bundle again"
             ) from error
-        return cls(np.asarray(mapped), tensor.dtype)
+        return cls(np.asarray(mapped), header.embedding.dtype, scales)
 
     def rows(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Ids (S,) int64 -> their rows (S, D) f32.
@@ -86,6 +103,9 @@ class EmbeddingTable:
                 f"{self.vocabulary - 1}; tokenizer.json does not belong to it, export the bundle again"
             )
         rows = self._stored[ids]
+        if self._scales is not None:
+            scaled: NDArray[np.float32] = rows * self._scales[ids][:, None]
+            return scaled
         if self.dtype == "BF16":  # the upper half of a f32
             return (rows.astype(np.uint32) << 16).view(np.float32)
         return rows.astype(np.float32, copy=False)
@@ -106,29 +126,42 @@ def prompt_rows(
     return rows
 
 
-def _read_header(file: BufferedReader) -> tuple[_Tensor, int]:
-    """The checked description of the tensor and the place where its bytes start."""
+def _mapped(file: BufferedReader, tensor: _Tensor | _Scale, start: int) -> NDArray[Any]:
+    """A tensor's bytes as an array; ``start`` is where the first tensor's begin."""
+    return np.memmap(file, _STORED[tensor.dtype], "r", start + tensor.data_offsets[0], tensor.shape)
+
+
+def _read_header(file: BufferedReader) -> tuple[_Header, int]:
+    """The checked description of the tensors and the place where their bytes start."""
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
     if not 2 <= length <= min(_HEADER_LIMIT, size - 8):
         raise ValueError(f"its header would have {length} bytes in a file of {size}")
     try:
-        tensor = msgspec.json.decode(file.read(length), type=_Header).embedding
+        header = msgspec.json.decode(file.read(length), type=_Header)
     except RecursionError as error:
         raise ValueError("its header is nested too deeply") from error
     start = 8 + length
-    _check_extent(tensor, size - start)
-    return tensor, start
+    _check_extent(header, size - start)
+    return header, start
 
 
-def _check_extent(tensor: _Tensor, available: int) -> None:
-    """Refuse a tensor that does not fill the ``available`` bytes after the header exactly."""
-    vocabulary, width = tensor.shape
-    if vocabulary < 1 or width < 1:
-        raise ValueError(f"its shape is {tensor.shape}")
-    needed = vocabulary * width * _STORED[tensor.dtype].itemsize
-    if tensor.data_offsets != (0, needed) or needed != available:
-        raise ValueError(
-            f"{tensor.shape} {tensor.dtype} needs {needed} bytes, the header says {tensor.data_offsets} and "
-            f"the file has {available}"
-        )
+def _check_extent(header: _Header, available: int) -> None:
+    """Refuse tensors that do not fill the ``available`` bytes after the header exactly, one behind the other."""
+    table, scale = header.embedding, header.scale
+    if min(table.shape) < 1:
+        raise ValueError(f"its shape is {table.shape}")
+    if (table.dtype == "I8") != (scale is not None) or (scale and scale.shape != table.shape[:1]):
+        raise ValueError("a table in I8, and no other, comes with a scale for every row")
+    end = 0
+    tensors: list[_Tensor | _Scale] = [table, *([scale] if scale else [])]
+    for tensor in sorted(tensors, key=lambda tensor: tensor.data_offsets):
+        needed = math.prod(tensor.shape) * _STORED[tensor.dtype].itemsize
+        if tensor.data_offsets != (end, end + needed):
+            raise ValueError(
+                f"{tensor.shape} {tensor.dtype} needs {needed} bytes, the header says {tensor.data_offsets} and "
+                f"the file has {available}"
+            )
+        end += needed
+    if end != available:
+        raise ValueError(f"its tensors need {end} bytes, the file has {available}")

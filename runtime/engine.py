@@ -76,12 +76,21 @@ class VideoQA:
             OptionError: ``threads`` is out of range.
         """
         checked = Bundle.open(bundle, verify=verify)
+        return cls.over(checked, open_backend(checked, backend, threads=threads))
+
+    @classmethod
+    def over(cls, checked: Bundle, backend: Backend) -> VideoQA:
+        """A checked bundle that answers through a backend over it.
+
+        Raises:
+            BundleError: its tokenizer, template or embedding table is damaged.
+        """
         template = read_text(checked.path("chat_template.jinja"))
         manifest = checked.manifest
         prompts = PromptBuilder(checked.path("tokenizer.json"), template, manifest.prompt, manifest.positions)
         table = EmbeddingTable.open(checked.path("embedding.safetensors"))
         check_table(table, checked)
-        return cls(checked, open_backend(checked, backend, threads=threads), prompts, table)
+        return cls(checked, backend, prompts, table)
 
     def __enter__(self) -> VideoQA:
         return self

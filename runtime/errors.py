@@ -7,6 +7,7 @@
     ├── QuestionError          the question is empty, too long or holds reserved tokens
     ├── BackendError           the execution provider is absent or a graph failed to run
     ├── CheckpointError        the checkpoint is of an unknown family or its tensors do not fit
+    ├── CalibrationError       clips, scales or activations a bundle cannot be quantised with, or a target missed
     ├── OutputError            the target exists, cannot be written or the disk is full
     └── DependencyError        a package of an optional extra is needed and absent
 
@@ -48,6 +49,10 @@ class BackendError(LinvtError):
 
 class CheckpointError(LinvtError):
     """The checkpoint is of an unknown family or its tensors do not fit."""
+
+
+class CalibrationError(LinvtError):
+    """Clips, scales or activations a bundle cannot be quantised with, or an accuracy target that was missed."""
 
 
 class OutputError(LinvtError):

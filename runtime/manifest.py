@@ -26,17 +26,21 @@ __all__ = [
     "FORMAT",
     "FORMAT_VERSION",
     "JSON_ERRORS",
+    "Compute",
     "FileSpec",
     "FrameSpec",
     "Manifest",
+    "QuantizedSpec",
     "StageSpec",
+    "Storage",
     "TensorSpec",
     "decode_manifest",
     "encode_manifest",
 ]
 
 FORMAT = "linvt-bundle"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+READABLE = (2, 3)  # version 3 added quantised stages, nothing else
 JSON_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)  # what decoding untrusted JSON raises
 
 MAX_FRAMES = 2**16
@@ -45,6 +49,8 @@ FILE_PATH = re.compile(rf"(?=.{{1,200}}$){PART}(?:/{PART})*", re.ASCII)
 SHA256 = re.compile("[0-9a-f]{64}")
 
 Dtype = Literal["float32", "float16", "bfloat16", "int64", "int32", "bool"]
+Compute = Literal["float32", "float16", "bfloat16"]
+Storage = Literal["float32", "float16", "bfloat16", "int8", "int4"]
 
 
 class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -55,6 +61,28 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shape: tuple[int | str, ...]
 
 
+class QuantizedSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How a stage was quantised, and how far it is from the graph it was made of; shown, never acted on.
+
+    Attributes:
+        weights: what the quantised layers' weights are stored in.
+        activations: what the quantised layers multiply in; "float" where the weights alone are narrow.
+        block: weights of a column that share a scale; 0 for all of them.
+        layers: how many linear layers are quantised.
+        floats: layers left in floating point, the most harmful first.
+        cosine: smallest cosine between this stage's output and the float stage's, over the measured examples.
+        size_ratio: bytes of graph and weights over those of all weights in float32.
+    """
+
+    weights: Literal["int8", "int4"]
+    activations: Literal["int8", "float"]
+    block: int = 0
+    layers: int
+    floats: tuple[str, ...] = ()
+    cosine: float
+    size_ratio: float
+
+
 class StageSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One graph of the bundle.
 
@@ -62,14 +90,16 @@ class StageSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         older: the same graph for engines that know older opsets only, newest first; it shares the weights.
         compute: dtype the graph calculates in.
         storage: dtype of the weights in the file; 16-bit storage is used where it loses nothing.
+        quantized: set where layers are quantised; the loss that was measured is in ``quantization.json``.
     """
 
     file: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     older: tuple[str, ...] = ()
-    compute: Dtype = "float32"
-    storage: Dtype = "float32"
+    compute: Compute = "float32"
+    storage: Storage = "float32"
+    quantized: QuantizedSpec | None = None
 
 
 class FrameSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -239,10 +269,10 @@ def decode_manifest(data: bytes) -> Manifest:
         raise BundleError(
             f"bundle.json has format {header.format!r:.40}, expected {FORMAT!r}; give a folder that linvt-export wrote"
         )
-    if header.format_version != FORMAT_VERSION:
+    if header.format_version not in READABLE:
         raise BundleError(
-            f"bundle.json has format version {header.format_version}, this release reads {FORMAT_VERSION}; "
-            "export the bundle again or install the release that wrote it"
+            f"bundle.json has format version {header.format_version}, this release reads "
+            f"{READABLE[0]} to {READABLE[-1]}; export the bundle again or install the release that wrote it"
         )
     try:
         return msgspec.json.decode(data, type=Manifest)

@@ -88,7 +88,7 @@ HEAD = '{"format": "linvt-bundle", "format_version": 2'
         (f'{HEAD}, "provenance": {"[" * 10**5}'.encode(), "is not a LinVT manifest"),
         (b'{"format": "gguf", "format_version": 1}', "has format 'gguf', expected 'linvt-bundle'"),
         (f'{{"format": "{"x" * 10**5}", "format_version": 1}}'.encode(), "has format 'xxx"),
-        (b'{"format": "linvt-bundle", "format_version": 1}', "format version 1, this release reads 2"),
+        (b'{"format": "linvt-bundle", "format_version": 1}', "format version 1, this release reads 2 to 3"),
         (b'{"format": "linvt-bundle", "format_version": "1"}', "Expected `int`, got `str`"),
         (f"{HEAD}}}".encode(), "missing required field `family`"),
         (f'{HEAD}, "family": "'.encode() + b'\xff"}', "bundle.json"),

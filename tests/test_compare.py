@@ -17,9 +17,9 @@ from onnx import numpy_helper
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+from calibration.parity import Row, Tolerance
 from export import compare, convert
 from export.cases import Comparer, Sides, moving_shapes
-from export.parity import Row, Tolerance
 from export.reference import Reference
 from runtime import inspect
 from runtime.bundle import Bundle

@@ -30,6 +30,33 @@ def entry(**changes: Any) -> dict[str, Any]:
 # --- sound files
 
 
+def test_rows_in_8_bits_are_multiplied_by_their_scales(tmp_path: Path) -> None:
+    save_file = pytest.importorskip("safetensors.numpy").save_file
+    random = np.random.default_rng(3)
+    stored = random.integers(-127, 128, (37, 13), dtype=np.int8)
+    scale = random.uniform(0.01, 0.1, 37).astype(np.float32)
+    save_file({"embedding": stored, "scale": scale}, tmp_path / "embedding.safetensors")
+    table = EmbeddingTable.open(tmp_path / "embedding.safetensors")
+    ids = random.integers(0, 37, 100)
+    assert table.dtype == "I8"
+    assert np.array_equal(table.rows(ids), stored[ids].astype(np.float32) * scale[ids][:, None])
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        entry(dtype="I8", data_offsets=[0, 6]),
+        entry() | {"scale": {"dtype": "F32", "shape": [2], "data_offsets": [24, 32]}},
+        entry(dtype="I8", data_offsets=[0, 6]) | {"scale": {"dtype": "F32", "shape": [3], "data_offsets": [6, 18]}},
+        entry(dtype="I8", data_offsets=[0, 6]) | {"scale": {"dtype": "F32", "shape": [2], "data_offsets": [2, 10]}},
+    ],
+)
+def test_scales_that_do_not_belong_to_the_table_are_refused(header: dict[str, Any], tmp_path: Path) -> None:
+    size = max(tensor["data_offsets"][1] for tensor in header.values())
+    with pytest.raises(BundleError, match="not an embedding table"):
+        EmbeddingTable.open(raw_file(tmp_path / "e.safetensors", header, bytes(size)))
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_rows_equal_what_safetensors_saved(dtype: type, tmp_path: Path) -> None:
     save_file = pytest.importorskip("safetensors.numpy").save_file
@@ -161,7 +188,7 @@ def test_a_file_cut_off_anywhere_is_refused(size: int, tmp_path: Path) -> None:
 
 
 def test_bytes_after_the_tensor_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="needs 24 bytes"):
+    with pytest.raises(BundleError, match="need 24 bytes"):
         EmbeddingTable.open(raw_file(tmp_path / "e.safetensors", entry(), bytes(25)))
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from calibration.parity import Tolerance
 from export.cases import CHAIN, Comparer
-from export.parity import Tolerance
 from export.reference import Reference
 from runtime.answer import Stopwatch
 from runtime.embedding import prompt_rows

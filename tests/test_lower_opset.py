@@ -12,7 +12,7 @@ import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 
-from export.passes.lower_opset import OPSET
+from calibration.passes.lower_opset import OPSET
 from runtime import GenerationOptions, VideoQA, backend_ort
 from tests.conftest import Recorded
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from calibration.parity import STAGES, Row, Tolerance, greedy_row, selection_row, tolerance_of, value_row
 from export.evidence import Case, Comparison
-from export.parity import STAGES, Row, Tolerance, greedy_row, selection_row, tolerance_of, value_row
 
 
 def test_scores_that_are_closer_than_the_noise_may_change_places() -> None:

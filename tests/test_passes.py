@@ -11,7 +11,8 @@ import pytest
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from export.passes import attach_gather_pool, fold_constants, narrow_weights, transpose_weights
+from calibration.passes import narrow_weights
+from export.passes import attach_gather_pool, fold_constants, transpose_weights
 from kernels.spec import gather_pool
 
 OPSETS = [helper.make_opsetid("", 24), helper.make_opsetid("linvt", 1)]

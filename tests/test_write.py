@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from export import write
-from export.write import bundle_draft, file_specs, replace_file
+from calibration.write import bundle_draft, file_specs, replace_file
+from calibration import write
 from runtime.errors import OutputError
 
 ROOT = Path(__file__).parents[1]
@@ -194,7 +194,7 @@ def test_where_two_paths_cannot_change_places_the_old_bundle_leaves_first(
 WRITER = """
 import sys, time
 from pathlib import Path
-from export.write import bundle_draft
+from calibration.write import bundle_draft
 from runtime.cli import guarded
 
 def command():

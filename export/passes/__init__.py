@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from export.passes.attach_gather_pool import attach_gather_pool
 from export.passes.fold_constants import fold_constants
-from export.passes.lower_opset import lower_opset
-from export.passes.narrow_weights import narrow_weights
 from export.passes.transpose_weights import transpose_weights
 
-__all__ = ["attach_gather_pool", "fold_constants", "lower_opset", "narrow_weights", "transpose_weights"]
+__all__ = ["attach_gather_pool", "fold_constants", "transpose_weights"]

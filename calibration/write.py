@@ -16,13 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
-import onnx_ir as ir
 
 from runtime.bundle import MANIFEST, sha256_of
 from runtime.errors import OutputError
 from runtime.manifest import FORMAT, FileSpec, Header
 
-__all__ = ["bundle_draft", "file_specs", "replace_file", "save_graph", "written"]
+__all__ = ["bundle_draft", "file_specs", "replace_file", "written"]
 
 AT_FDCWD = -100  # relative paths count from the working folder, as everywhere
 RENAME_EXCHANGE = 2  # of linux/fs.h
@@ -164,18 +163,6 @@ def current_umask() -> int:
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
-
-
-def save_graph(model: ir.Model, folder: Path, name: str) -> str:
-    """Write ``{name}.onnx`` with its weights in ``{name}.onnx.data``; the graph file's name.
-
-    The model lets go of its weights: the optimizer's rules remember the last graph they saw, and with it gigabytes.
-    """
-    file = f"{name}.onnx"
-    ir.save(model, folder / file, external_data=f"{file}.data", size_threshold_bytes=1024)
-    for value in model.graph.initializers.values():
-        value.const_value = None
-    return file
 
 
 def replace_file(path: Path, data: bytes) -> None:
