@@ -1,1 +1,1 @@
-"""Clips to scales to quantised graphs. Nothing is here yet: see the support table in README."""
+"""Float bundle and video clips -> scales -> quantised bundle, without torch; the command is ``python -m calibration``."""

@@ -35,16 +35,18 @@ class Steps:
         self.bar.close()
 
     def begin(self, step: str) -> None:
-        """End the step before and name the next."""
-        self.end()
-        self.step, self.began = step, time.perf_counter()
+        """End the step before and name the next; what stands behind a colon is shown while it lasts, on a terminal."""
+        name, _, _ = step.partition(": ")
+        if name != self.step:
+            self.end()
+            self.step, self.began = name, time.perf_counter()
         self.bar.set_description_str(f"{self.title}: {step}")
 
     def end(self) -> None:
         """Report the step that runs, if any."""
         if self.step is not None:
             seconds = time.perf_counter() - self.began
-            self.say(f"{self.title}: {self.step:<10} {seconds:6.1f} s   peak {peak_memory() / 2**30:.2f} GiB")
+            self.say(f"{self.title}: {self.step:<18} {seconds:6.1f} s   peak {peak_memory() / 2**30:.2f} GiB")
         self.step = None
 
     def say(self, line: str) -> None:

@@ -18,7 +18,7 @@ EMBEDDED = 1024  # bytes; smaller tensors stay inside the graph's file
 
 
 def write_stage_file(model: ir.Model, folder: Path, name: str, *, compute: Compute, storage: Storage) -> StageSpec:
-    """Write ``{name}.onnx``, ``{name}.onnx.data`` and the older form over the same weights; what the manifest says of them.
+    """Write ``{name}.onnx``, ``{name}.onnx.data`` and the older form over the same weights; what the manifest says.
 
     The model lets go of its weights: the optimizer's rules remember the last graph they saw, and with it gigabytes.
     """

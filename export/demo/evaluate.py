@@ -1,8 +1,8 @@
 """Held-out accuracy of the demo model: ``python -m export.demo.evaluate BUNDLE``.
 
 Films scenes of drawings that training never saw, encodes each as an H.264 file, and asks every kind of question about
-it. The bundle answers through the runtime; with ``--torch`` a checkpoint folder answers through PyTorch. Progress goes
-to stderr; stdout gets a table and one JSON line.
+it. Bundles answer through the runtime, all about the same videos; with ``--torch`` checkpoint folders answer through
+PyTorch. Progress goes to stderr; stdout gets a table and one JSON line for each.
 Does not choose between checkpoints: training does that on the validation split.
 """
 
@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +31,7 @@ __all__ = ["Tally", "film", "main", "measure"]
 
 SECONDS, FPS, SIZE = 4, 20, 256
 SEED = 4051
+CLAUSES = "describe, per digit"
 
 
 @dataclass
@@ -79,22 +80,27 @@ def cases(split: Split, questions: int) -> Iterator[tuple[Scene, list[Question]]
         yield scene, found
 
 
-def measure(watch: Watch, questions: int, split: Split = "test") -> dict[str, Tally]:
-    """Ask ``questions`` of every kind; "describe, per digit" counts the clauses of descriptions."""
-    tallies = {kind: Tally() for kind in (*KINDS, "describe, per digit")}
+def measure(watches: Sequence[Watch], questions: int, split: Split = "test") -> list[dict[str, Tally]]:
+    """Ask each of ``watches`` the same ``questions`` of every kind; clauses of descriptions are counted too."""
+    tallies = [{kind: Tally() for kind in (*KINDS, CLAUSES)} for _ in watches]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "scene.mp4"
         for number, (scene, found) in enumerate(cases(split, questions), 1):
             write(path, film(scene, glyphs(split)), fps=FPS)
-            answer = watch(path)
-            for question in found:
-                told = answer(question.text)
-                tallies[question.kind].add(question, told)
-                if question.kind == "describe":
-                    add_clauses(tallies["describe, per digit"], question, told)
+            for watch, own in zip(watches, tallies, strict=True):
+                answer = watch(path)
+                for question in found:
+                    count(own, question, answer(question.text))
             if number % 20 == 0:
                 sys.stderr.write(f"{number} videos\n")
     return tallies
+
+
+def count(tallies: dict[str, Tally], question: Question, told: str) -> None:
+    """Count one answer, and a description's clauses."""
+    tallies[question.kind].add(question, told)
+    if question.kind == "describe":
+        add_clauses(tallies[CLAUSES], question, told)
 
 
 def add_clauses(tally: Tally, question: Question, answer: str) -> None:
@@ -130,22 +136,24 @@ def table(tallies: dict[str, Tally], errors: int) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(prog="python -m export.demo.evaluate", description="Held-out accuracy.")
-    parser.add_argument("folder", type=Path, help="bundle, or with --torch a checkpoint folder")
+    parser.add_argument("folders", type=Path, nargs="+", help="bundles, or with --torch checkpoint folders")
     parser.add_argument("--questions", type=int, default=200, help="questions of every kind")
     parser.add_argument("--frames", type=int, default=FRAMES, help="frames taken from every video")
     parser.add_argument("--split", choices=("validation", "test"), default="test")
-    parser.add_argument("--torch", action="store_true", help="answer with PyTorch from a checkpoint folder")
+    parser.add_argument("--torch", action="store_true", help="answer with PyTorch from checkpoint folders")
     parser.add_argument("--errors", type=int, default=0, help="wrong answers to show per kind")
     given = parser.parse_args(arguments)
     with ExitStack() as stack:
         if given.torch:
-            watch = watch_with_torch(given.folder, given.frames)
+            watches = [watch_with_torch(folder, given.frames) for folder in given.folders]
         else:
-            watch = watch_with_bundle(given.folder, stack, given.frames)
-        tallies = measure(watch, given.questions, given.split)
-    sys.stdout.write(table(tallies, given.errors) + "\n")
-    summary = {kind: {"right": tally.right, "asked": tally.asked} for kind, tally in tallies.items()}
-    sys.stdout.write(json.dumps({"split": given.split, "frames": given.frames, **summary}) + "\n")
+            watches = [watch_with_bundle(folder, stack, given.frames) for folder in given.folders]
+        measured = measure(watches, given.questions, given.split)
+    for folder, tallies in zip(given.folders, measured, strict=True):
+        sys.stdout.write(f"{folder}\n{table(tallies, given.errors)}\n")
+        summary = {kind: {"right": tally.right, "asked": tally.asked} for kind, tally in tallies.items()}
+        result = {"folder": str(folder), "split": given.split, "frames": given.frames, **summary}
+        sys.stdout.write(json.dumps(result) + "\n")
     return 0
 
 

@@ -1,0 +1,173 @@
+"""How one stage is quantised, and the graph that follows from it.
+
+A plan is made once from what a calibration run saw; any part of its groups can then be built: the sensitivity pass
+builds many. Every build starts from the float graph's file, whose weights are read when the result is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from calibration.blocks import Blocks
+from calibration.choose import chosen_scale
+from calibration.choose_blocks import chosen_blocks
+from calibration.insert import LEVELS, Exponents, Factors, insert_int4, insert_int8
+from calibration.linears import Linear, fold_constant_products, grouped, linears_of
+from calibration.observe import Observer
+from calibration.options import QuantizeOptions
+from calibration.scales import TensorScale
+from calibration.smooth import fold_of, put_column_factors, put_factors
+from runtime.errors import CalibrationError
+from runtime.manifest import StageSpec
+
+__all__ = ["DTYPES", "Plan", "built", "float_graph", "planned"]
+
+SMALLEST_SCALE = 1e-30  # far below any activation that means something, far above float32's subnormals
+DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A stage's scales.
+
+    Attributes:
+        source: the float graph's file.
+        spec: the float stage.
+        scales: by activation.
+        blocks: weights in blocks, by layer, where activations stay in floating point; empty for W8A8.
+    """
+
+    source: Path
+    spec: StageSpec
+    scales: Mapping[str, TensorScale]
+    blocks: Mapping[str, Blocks] = field(default_factory=dict)
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Activations whose layers can be quantised."""
+        return tuple(self.scales)
+
+
+def planned(
+    source: Path,
+    spec: StageSpec,
+    observers: Mapping[str, Observer],
+    options: QuantizeOptions,
+    *,
+    narrow: bool,
+    given: Mapping[str, TensorScale],
+    progress: Callable[[int, int], None],
+) -> Plan:
+    """Choose the scales of one stage.
+
+    Args:
+        source: the float graph's file.
+        spec: what the manifest says about it.
+        observers: what was seen of every activation.
+        options: the run's.
+        narrow: 4-bit weights in place of W8A8.
+        given: entries of a scale table, which are taken as they are.
+        progress: told which activation of how many is on.
+
+    Raises:
+        CalibrationError: an activation that was always 0, or an entry that does not fit.
+    """
+    _, layers = float_graph(source)
+    groups = grouped(layers.values())
+    scales: dict[str, TensorScale] = {}
+    blocks: dict[str, Blocks] = {}
+    for number, (name, linears) in enumerate(groups.items(), 1):
+        progress(number, len(groups))
+        if observers[name].histogram.largest / LEVELS < SMALLEST_SCALE:
+            raise CalibrationError(
+                f"activation {name} was 0 on all clips, which gives a scale of 0; calibrate with clips that show "
+                "something, and check the float bundle"
+            )
+        smooth = fold_of(linears, layers) is not None
+        if narrow:
+            scales[name], of_layers = chosen_blocks(linears, observers[name], options.block, smooth=smooth)
+            blocks.update(of_layers)
+        elif name in given:
+            scales[name] = checked(given[name], linears[0].shape[0], name, smooth=smooth)
+        else:
+            scales[name] = chosen_scale(linears, observers[name], options.method, smooth=smooth)
+    return Plan(source, spec, scales, blocks)
+
+
+def checked(scale: TensorScale, width: int, name: str, *, smooth: bool) -> TensorScale:
+    """An entry of a given table that fits its activation."""
+    if scale.smooth and (len(scale.smooth) != width or not smooth):
+        raise CalibrationError(
+            f"the scale table smooths {name} with {len(scale.smooth)} exponents; the activation has {width} channels"
+            f"{'' if smooth else ' and cannot be smoothed'}; remove the entry's smooth list or calibrate again"
+        )
+    return scale
+
+
+def float_graph(source: Path) -> tuple[ir.Model, dict[str, Linear]]:
+    """A float stage and its layers; products of constants are folded."""
+    model = ir.load(source)
+    fold_constant_products(model)
+    return model, linears_of(model)
+
+
+def built(plan: Plan, groups: Collection[str]) -> ir.Model:
+    """The stage with the layers of ``groups`` quantised, all others as they were."""
+    model, layers = float_graph(plan.source)
+    by_activation = grouped(layers.values())
+    chosen = [name for name in by_activation if name in groups]
+    rows, columns = smoothed(model, layers, plan, chosen)
+    quantized = {linear.name: linear for group in chosen for linear in by_activation[group]}
+    dtype = DTYPES[plan.spec.compute]
+    if plan.blocks:
+        blocks = {name: with_columns(plan.blocks[name], columns.get(name)) for name in quantized if name in plan.blocks}
+        insert_int4(model, {name: quantized[name] for name in blocks}, blocks, dtype)
+    else:
+        scales = {name: plan.scales[name].threshold / LEVELS for name in chosen}
+        factors = {name: Factors(rows.get(name), columns.get(name)) for name in quantized}
+        insert_int8(model, quantized, scales, factors, dtype)
+    drop_inner_types(model)
+    return model
+
+
+def drop_inner_types(model: ir.Model) -> None:
+    """Leave out what engines infer: types and shapes take as much of a small graph's file as its nodes do."""
+    inner = [output for node in model.graph for output in node.outputs if not output.is_graph_output()]
+    for value in (*inner, *model.graph.initializers.values()):
+        value.shape, value.type = None, None
+
+
+def smoothed(
+    model: ir.Model, layers: Mapping[str, Linear], plan: Plan, groups: Collection[str]
+) -> tuple[dict[str, Exponents], dict[str, Exponents]]:
+    """Fold the smoothing of ``groups`` into the graph; what the layers' rows and columns are multiplied by, log2."""
+    rows: dict[str, Exponents] = {}
+    columns: dict[str, Exponents] = {}
+    by_activation = grouped(layers.values())
+    for group in groups:
+        exponents = np.array(plan.scales[group].smooth, np.int8)
+        if not exponents.size:
+            continue
+        fold = fold_of(by_activation[group], layers)
+        assert fold is not None, "the plan smooths only what folds"
+        rows.update((linear.name, exponents) for linear in by_activation[group])
+        if fold.norm is not None:
+            put_factors(model.graph, fold.norm, exponents)
+        elif fold.feeder is not None and layers[fold.feeder].activation in groups:
+            columns[fold.feeder] = -exponents
+        elif fold.feeder is not None:
+            put_column_factors(model.graph, layers[fold.feeder], exponents)
+    return rows, columns
+
+
+def with_columns(blocks: Blocks, exponents: Exponents | None) -> Blocks:
+    """Blocks of a weight whose columns are multiplied by 2^exponents."""
+    if exponents is None:
+        return blocks
+    scales = np.ldexp(blocks.scales, exponents.astype(np.int32))
+    return Blocks(blocks.values, scales, blocks.bits, blocks.block)

@@ -1,0 +1,273 @@
+"""``quantized_bundle``: the whole way from a float bundle and clips to a quantised bundle with its loss inside.
+
+Clips are played once; then every stage is planned, written and measured, one after the other. The target is held or
+nothing is written. Parses no command line; ``calibration.__main__`` does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+import shutil
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from calibration.accuracy import right_answers
+from calibration.clips import Clip, clips_from
+from calibration.collect import Collected, collected
+from calibration.embedding import write_narrow_embedding
+from calibration.options import QuantizeOptions
+from calibration.plan import Plan, planned
+from calibration.questions import Questions, questions_from
+from calibration.report import REPORT, SCALES, Accuracy, Report, StageReport, encode_report
+from calibration.scales import ScaleTable, StageScales, encode_table, read_table, weights_hash
+from calibration.sensitivity import Target
+from calibration.write import bundle_draft, file_specs, replace_file, written
+from calibration.write_stage import StageWriter
+from runtime.backend import open_backend
+from runtime.bundle import EVIDENCE, MANIFEST, Bundle
+from runtime.engine import VideoQA
+from runtime.errors import CalibrationError
+from runtime.manifest import FORMAT_VERSION, Manifest, StageSpec, encode_manifest
+from runtime.version import __version__
+
+__all__ = ["quantized_bundle"]
+
+Progress = Callable[[str], None]
+Written = Mapping[str, tuple[StageSpec, StageReport]]
+
+EMBEDDING = "embedding.safetensors"
+ORDER = ("vision", "refine", "aggregate", "decode")  # in which stages are quantised
+MARGINS = (1.0, 0.3, 0.1, 0.03, 0.01)  # of the allowed distance from a cosine of 1, while answers drop too much
+LLM_DISTANCE = 0.01  # of the LLM's cosine from 1 that such tightening starts from, where none was asked for
+
+
+def quantized_bundle(
+    source: Path | str,
+    clips: Path | str,
+    output: Path,
+    options: QuantizeOptions,
+    progress: Progress = lambda step: None,
+    note: Progress = lambda line: None,
+) -> Path:
+    """Quantise a bundle; returns the new bundle's folder.
+
+    Args:
+        source: a float bundle.
+        clips: folder of videos, a video, or a list of paths.
+        output: the folder to write.
+        options: what to quantise, and what has to be kept.
+        progress: told the name of each step as it begins, and behind a colon how far it is.
+        note: told what the user should know.
+
+    Raises:
+        CalibrationError, BundleError, OptionError, OutputError: one line each; the output is as it was.
+    """
+    bundle = Bundle.open(source)
+    check_source(bundle)
+    table = read_table(options.scales, bundle) if options.scales else None
+    found, questions = clips_from(clips), questions_from(options.questions)
+    check_questions(questions, found, options)
+    with bundle_draft(output, force=options.force) as draft:
+        Run(bundle, draft, options, found, questions, progress, note).quantize(table)
+    return output
+
+
+def check_source(bundle: Bundle) -> None:
+    """The bundle is a float one that this machine can run."""
+    for name, stage in bundle.manifest.stages.items():
+        if stage.quantized:
+            raise CalibrationError(
+                f"{bundle.folder} is quantised already ({name}: {stage.quantized.weights}); give the float bundle it "
+                "was made of"
+            )
+        if stage.compute == "bfloat16":
+            raise CalibrationError(
+                f"{bundle.folder}: {name} computes in bfloat16, which the CPU cannot run; export with --dtype float32"
+            )
+
+
+def check_questions(questions: Questions, clips: Sequence[Clip], options: QuantizeOptions) -> None:
+    """Labels are there where they are needed, and about clips that are."""
+    if unknown := questions.unknown_clips([clip.name for clip in clips]):
+        raise CalibrationError(
+            f"{options.questions} asks about {unknown[0]!r:.80}, which is none of the {len(clips)} clips "
+            f"(such as {clips[0].name!r:.80}); use the clips' names below the folder"
+        )
+    if options.max_drop is not None and not questions.labelled:
+        raise CalibrationError(
+            "--max-drop needs labelled questions; give --questions FILE.jsonl with lines of question, clip and answer"
+        )
+
+
+@dataclass(frozen=True)
+class Run:
+    """One calibration run."""
+
+    bundle: Bundle
+    draft: Path
+    options: QuantizeOptions
+    clips: Sequence[Clip]
+    questions: Questions
+    progress: Progress
+    note: Progress
+
+    @property
+    def stages(self) -> list[str]:
+        """Stages to quantise."""
+        present = [name for name in ORDER if name in self.bundle.manifest.stages]
+        return [name for name in present if name != "decode" or self.options.decode != "float"]
+
+    def quantize(self, table: ScaleTable | None) -> None:
+        """Everything between the checked input and the finished draft."""
+        options = self.options
+        found = collected(
+            self.bundle,
+            self.clips,
+            self.questions,
+            self.stages,
+            frames=options.frames,
+            threads=options.threads,
+            progress=self.progress,
+            note=self.note,
+        )
+        plans = {stage: self.plan(stage, found, table) for stage in self.stages}
+        replace_file(self.draft / SCALES, encode_table(self.table(plans, found)))
+        self.copy_rest()
+        stages, accuracy = self.within_drop(plans, found)
+        for stage, (_, report) in stages.items():
+            self.note(f"{stage}: {report}")
+        replace_file(self.draft / REPORT, encode_report(self.report(stages, found, accuracy)))
+        self.write_manifest(stages)
+
+    def plan(self, stage: str, found: Collected, table: ScaleTable | None) -> Plan:
+        """Scales of one stage, from the given table where it has them."""
+        spec = self.bundle.manifest.stages[stage]
+        return planned(
+            self.bundle.path(spec.file),
+            spec,
+            found.observers[stage],
+            self.options,
+            narrow=stage == "decode" and self.options.decode == "int4",
+            given=table.stages[stage].tensors if table and stage in table.stages else {},
+            progress=lambda number, count: self.progress(f"choose {stage}: {number}/{count}"),
+        )
+
+    def table(self, plans: Mapping[str, Plan], found: Collected) -> ScaleTable:
+        """The scale table of this run."""
+        stages = {
+            stage: StageScales(weights_hash(self.bundle, stage), dict(plan.scales)) for stage, plan in plans.items()
+        }
+        return ScaleTable(
+            method=self.options.method,
+            clips=tuple(found.clips),
+            questions=self.questions.plain,
+            versions=versions(),
+            stages=stages,
+        )
+
+    def within_drop(self, plans: Mapping[str, Plan], found: Collected) -> tuple[Written, Accuracy | None]:
+        """Write all stages; where too many labelled answers are lost, again with tighter targets.
+
+        Raises:
+            CalibrationError: a target does not hold.
+        """
+        right = sum(self.answered(self.bundle, "float")) if self.questions.labelled else 0
+        writer = StageWriter(self.draft, self.bundle.manifest, found.examples, self.options.threads, self.progress)
+        for margin in MARGINS:
+            stages = {stage: writer.write(stage, plan, self.target(stage, margin)) for stage, plan in plans.items()}
+            if not self.questions.labelled:
+                return stages, None
+            self.write_manifest(stages)
+            told = self.answered(opened(self.draft), "quantised")
+            accuracy = Accuracy(asked=len(told), right_float=right, right_quantized=sum(told))
+            self.note(str(accuracy))
+            if self.options.max_drop is None or accuracy.drop <= self.options.max_drop:
+                return stages, accuracy
+        raise CalibrationError(
+            f"{accuracy.drop:.2f} percentage points of {accuracy.asked} labelled answers are lost, more than "
+            f"--max-drop {self.options.max_drop:g}, with as much in floating point as was tried; allow more, use "
+            "--llm int8 or --llm float, or give more clips"
+        )
+
+    def target(self, stage: str, margin: float) -> Target:
+        """What a stage has to hold; a margin below 1 asks for more than the options do."""
+        least = self.options.min_cosine_llm if stage == "decode" else self.options.min_cosine
+        if least is None:
+            return Target(0.0 if margin == 1 else 1 - LLM_DISTANCE * margin)
+        return Target(1 - (1 - least) * margin)
+
+    def answered(self, bundle: Bundle, which: str) -> list[bool]:
+        """Whether each labelled question is answered rightly by one of the two bundles."""
+        paths = {clip.name: clip.path for clip in self.clips}
+        labelled = sorted(self.questions.labelled, key=lambda question: question.clip)
+        with VideoQA.over(bundle, open_backend(bundle, "cpu", threads=self.options.threads)) as qa:
+            return right_answers(
+                qa, paths, labelled, self.options.frames, lambda step: self.progress(f"answer {which}: {step}")
+            )
+
+    def copy_rest(self) -> None:
+        """Everything that is not quantised, as it is; the embedding table in 8 bits where asked."""
+        gone = {EVIDENCE, REPORT, SCALES, *(file for stage in self.stages for file in self.files_of(stage))}
+        narrow = self.options.embedding == "int8"
+        for name in self.bundle.manifest.files:
+            if name in gone or (narrow and name == EMBEDDING):
+                continue
+            source, target = self.bundle.path(name), self.draft / name
+            with written(self.draft):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, target)
+        if narrow:
+            write_narrow_embedding(self.bundle.path(EMBEDDING), self.draft / EMBEDDING)
+
+    def files_of(self, stage: str) -> Collection[str]:
+        """Files that a float stage consists of."""
+        spec = self.bundle.manifest.stages[stage]
+        return {name for graph in (spec.file, *spec.older) for name in (graph, f"{graph}.data")}
+
+    def write_manifest(self, stages: Written) -> None:
+        """The manifest over what the draft holds now."""
+        with written(self.draft):
+            (self.draft / MANIFEST).unlink(missing_ok=True)
+        source = self.bundle.manifest
+        made = {f"quantized.{name}": version for name, version in versions().items()}
+        manifest = msgspec.structs.replace(
+            source,
+            format_version=FORMAT_VERSION,
+            stages={**source.stages, **{stage: spec for stage, (spec, _) in stages.items()}},
+            files=file_specs(self.draft),
+            provenance={**source.provenance, "quantized_from": self.bundle.identity, **made},
+        )
+        replace_file(self.draft / MANIFEST, encode_manifest(manifest))
+
+    def report(self, stages: Written, found: Collected, accuracy: Accuracy | None) -> Report:
+        """What ``quantization.json`` says."""
+        chosen = ("precision", "decode", "embedding", "method", "block", "min_cosine", "min_cosine_llm", "max_drop")
+        return Report(
+            source=self.bundle.identity,
+            calibrated_on=len(found.clips),
+            measured_on=tuple(found.measured),
+            held_out=not {clip.name for clip in found.clips} & set(found.measured),
+            skipped=found.skipped,
+            options={name: getattr(self.options, name) for name in chosen},
+            stages={stage: report for stage, (_, report) in stages.items()},
+            accuracy=accuracy,
+            versions=versions(),
+            machine=f"{platform.system()} {platform.machine()}",
+        )
+
+
+def opened(folder: Path) -> Bundle:
+    """A bundle that was just written: nothing is hashed again."""
+    data = (folder / MANIFEST).read_bytes()
+    return Bundle(folder, msgspec.json.decode(data, type=Manifest), hashlib.sha256(data).hexdigest())
+
+
+def versions() -> dict[str, str]:
+    """What did the work."""
+    names = ("numpy", "onnx", "onnx-ir", "onnxruntime")
+    return {"linvt-edge": __version__, **{name: importlib.metadata.version(name) for name in names}}
