@@ -1,1 +1,1 @@
-"""Float bundle and video clips -> scales -> quantised bundle, without torch; the command is ``python -m calibration``."""
+"""Float bundle and video clips -> scales -> quantised bundle, without torch: ``python -m calibration``."""

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from calibration.write import bundle_draft, file_specs, replace_file
 from calibration import write
+from calibration.write import bundle_draft, file_specs, replace_file
 from runtime.errors import OutputError
 
 ROOT = Path(__file__).parents[1]
