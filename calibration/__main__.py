@@ -34,7 +34,6 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--frames", type=int, metavar="N", help="frames taken of every clip; default: the bundle's")
     add_quantize_options(parser)
-    parser.add_argument("--threads", type=int, metavar="N", help="compute threads; default: one per core")
     parser.add_argument("--force", action="store_true", help="replace a bundle that exists")
     arguments = parser.parse_args(argv)
     return guarded(PROGRAM, lambda: quantize(arguments))
@@ -74,6 +73,7 @@ def add_quantize_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--questions", type=Path, metavar="FILE", help="questions, one a line, or .jsonl with question, clip and answer"
     )
+    group.add_argument("--threads", type=int, metavar="N", help="compute threads; default: one per core")
     group.add_argument("--scales", type=Path, metavar="TABLE", help="use this scale table (scales.json of a bundle)")
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.manifest import StageSpec
+
 __all__ = [
     "CHAIN",
     "REFERENCE",
@@ -44,10 +46,13 @@ class Tolerance:
 
 # By what a stage computes in. Of the tiny checkpoints of all families the worst row needs 1.3e-2 in float16 (Molmo's
 # features, else 5e-3) where float32 needs 4e-6; bfloat16 has three bits less than float16 and was found 8 times as far.
+# The demo in 8 bits needs 4e-2, with an LLM of 4 bits 6e-2: what a quantised bundle lost is in its quantization.json.
 TOLERANCES = {
     "float32": Tolerance(),
     "float16": Tolerance(2e-2, 2e-2),
     "bfloat16": Tolerance(1.6e-1, 1.6e-1),
+    "int8": Tolerance(1e-1, 1e-1),
+    "int4": Tolerance(2e-1, 2e-1),
 }
 
 
@@ -76,14 +81,19 @@ class Row:
     note: str = ""
 
 
-def tolerance_of(computes: Mapping[str, str], stage: str, scope: str) -> Tolerance:
-    """What a stage may differ by: its own dtype decides, in the chain the coarsest so far.
+def tolerance_of(stages: Mapping[str, StageSpec], stage: str, scope: str) -> Tolerance:
+    """What a stage may differ by: its own precision decides, in the chain the coarsest so far.
 
-    ``computes`` has the dtype of every stage that is a graph; the embedding is looked up, not computed.
+    ``stages`` are those of the manifest; the embedding is looked up, not computed.
     """
     seen = STAGES[: STAGES.index(stage)] if scope == CHAIN else ()
-    dtypes = [computes.get(name, "float32") for name in (*seen, stage)]
-    return max((TOLERANCES[dtype] for dtype in dtypes), key=lambda tolerance: tolerance.relative)
+    precisions = [precision_of(stages[name]) for name in (*seen, stage) if name in stages]
+    return max((TOLERANCES[name] for name in (*precisions, "float32")), key=lambda tolerance: tolerance.relative)
+
+
+def precision_of(spec: StageSpec) -> str:
+    """What a stage's numbers are as coarse as."""
+    return spec.quantized.weights if spec.quantized else spec.compute
 
 
 def value_row(stage: str, value: str, scope: str, found: Floats, reference: Floats, tolerance: Tolerance) -> Row:

@@ -6,8 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from calibration.__main__ import add_quantize_options, quantize_options
 from runtime.cli import Parser, guarded
-from runtime.errors import DependencyError
+from runtime.errors import DependencyError, OptionError
 
 __all__ = ["add_export_options", "export", "main"]
 
@@ -67,6 +68,16 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
         help="what the graphs compute in: float32 for the CPU (default), 16 bits for GPUs",
     )
     parser.add_argument("--force", action="store_true", help="replace a bundle that exists")
+    parser.add_argument(
+        "--precision",
+        choices=("float", "int8", "int4"),
+        default="float",
+        help="int8: all stages in 8 bits (W8A8); int4: the same with an LLM of 4-bit weights; needs --calibration",
+    )
+    parser.add_argument(
+        "--calibration", type=Path, metavar="CLIPS", help="folder of videos, a video, or a .txt list, for --precision"
+    )
+    add_quantize_options(parser)
 
 
 def height_and_width(text: str) -> tuple[int, int]:
@@ -80,8 +91,10 @@ def height_and_width(text: str) -> tuple[int, int]:
 def export(arguments: argparse.Namespace) -> int:
     """Run the export with a progress display on stderr."""
     require_extra()
+    check_calibration(arguments)
     from calibration.progress import Steps
     from export.convert import ExportOptions, bundle_from_checkpoint
+    from export.quantized import quantized_from_checkpoint
 
     options = ExportOptions(
         checkpoint=arguments.checkpoint,
@@ -96,10 +109,23 @@ def export(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype,
     )
     with Steps("export") as steps:
-        bundle_from_checkpoint(options, steps.begin, steps.say)
+        if arguments.precision == "float":
+            bundle_from_checkpoint(options, steps.begin, steps.say)
+        else:
+            narrow = quantize_options(arguments)
+            quantized_from_checkpoint(options, arguments.calibration, narrow, steps.begin, steps.say)
         steps.end()
         steps.say(f"wrote {options.output}")
     return 0
+
+
+def check_calibration(arguments: argparse.Namespace) -> None:
+    """Clips come with a precision that needs them, and with no other."""
+    if (arguments.precision == "float") != (arguments.calibration is None):
+        raise OptionError(
+            "--precision int8 and int4 need --calibration CLIPS, a folder of videos, and nothing else takes it; "
+            f"found --precision {arguments.precision} {'with' if arguments.calibration else 'without'} --calibration"
+        )
 
 
 def require_extra() -> None:

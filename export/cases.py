@@ -135,7 +135,7 @@ class Comparer:
         """How far a stage may be away."""
         if self.tolerance:
             return self.tolerance
-        return tolerance_of({name: spec.compute for name, spec in self.qa.bundle.manifest.stages.items()}, stage, scope)
+        return tolerance_of(self.qa.bundle.manifest.stages, stage, scope)
 
     def seen(self, feeds: Feeds, rows: list[Row]) -> Sides:
         """Frame tokens (1, T, N, D)."""

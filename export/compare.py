@@ -104,8 +104,7 @@ def tolerances(atol: float | None, rtol: float | None, manifest: Manifest) -> tu
     """What is to hold for every stage, None where its dtype decides; and the widest that holds for any."""
     from calibration.parity import CHAIN, STAGES, Tolerance, tolerance_of
 
-    computes = {name: spec.compute for name, spec in manifest.stages.items()}
-    widest = tolerance_of(computes, STAGES[-1], CHAIN)
+    widest = tolerance_of(manifest.stages, STAGES[-1], CHAIN)
     if atol is None and rtol is None:
         return None, widest
     given = Tolerance(widest.absolute if atol is None else atol, widest.relative if rtol is None else rtol)

@@ -17,7 +17,7 @@ import msgspec
 from runtime.bundle import EVIDENCE, Bundle
 from runtime.cli import Parser, ascii_json, guarded, printable
 from runtime.errors import BundleError
-from runtime.manifest import JSON_ERRORS, Manifest, TensorSpec
+from runtime.manifest import JSON_ERRORS, Manifest, QuantizedSpec, TensorSpec
 
 __all__ = ["main", "read_evidence"]
 
@@ -81,10 +81,22 @@ def lines(bundle: Bundle, evidence: dict[str, Any] | None) -> Iterator[str]:
         stage = manifest.stages[name]
         size = sum(spec.size for file, spec in manifest.files.items() if file.startswith(stage.file))
         yield f"  {name:<11} {size / 1e6:.1f} MB, computes in {stage.compute}, stored in {stage.storage}"
+        if stage.quantized:
+            yield f"    quantised {quantized_line(stage.quantized)}"
         yield f"    in        {tensors(stage.inputs)}"
         yield f"    out       {tensors(stage.outputs)}"
     for key, value in manifest.provenance.items():
         yield f"  {key:<23} {value}"
+
+
+def quantized_line(spec: QuantizedSpec) -> str:
+    """How a stage was quantised in one line."""
+    block = f" in blocks of up to {spec.block}" if spec.block else ""
+    left = f"; left in float: {', '.join(spec.floats)}" if spec.floats else ""
+    return (
+        f"{spec.layers} layers, weights {spec.weights}{block}, activations {spec.activations}; cosine with the float "
+        f"stage at least {spec.cosine:.5f}, {spec.size_ratio:.3f} of float32's size{left}"
+    )
 
 
 def megabytes(manifest: Manifest) -> float:

@@ -8,6 +8,7 @@ import numpy as np
 
 from calibration.parity import STAGES, Row, Tolerance, greedy_row, selection_row, tolerance_of, value_row
 from export.evidence import Case, Comparison
+from runtime.manifest import QuantizedSpec, StageSpec
 
 
 def test_scores_that_are_closer_than_the_noise_may_change_places() -> None:
@@ -58,13 +59,21 @@ def test_nan_and_other_shapes_never_pass() -> None:
 
 def test_the_chain_is_given_what_the_coarsest_dtype_so_far_allows() -> None:
     computes = {"vision": "float16", "refine": "float32", "aggregate": "float16", "decode": "bfloat16"}
+    stages = {name: StageSpec("", (), (), compute=compute) for name, compute in computes.items()}  # type: ignore[arg-type]
     found = {
-        (stage, scope): tolerance_of(computes, stage, scope).relative
+        (stage, scope): tolerance_of(stages, stage, scope).relative
         for stage in STAGES
         for scope in ("reference", "chain")
     }
     assert [found[stage, "reference"] for stage in STAGES] == [2e-2, 1e-4, 1e-4, 2e-2, 0.16]
     assert [found[stage, "chain"] for stage in STAGES] == [2e-2, 2e-2, 2e-2, 2e-2, 0.16]
+
+
+def test_a_quantised_stage_is_given_what_its_weights_allow() -> None:
+    spec = QuantizedSpec(weights="int8", activations="int8", layers=1, cosine=1, size_ratio=0.25)
+    stages = {"vision": StageSpec("", (), ()), "refine": StageSpec("", (), (), quantized=spec)}
+    found = [tolerance_of(stages, stage, "chain").relative for stage in ("vision", "refine", "embedding")]
+    assert found == [1e-4, 0.1, 0.1]
 
 
 def test_the_first_departure_is_the_earliest_stage_of_any_case() -> None:
