@@ -82,7 +82,8 @@ def insert_int8(
         weight = quantized_weight(model.graph, linear, name, factors.get(name, Factors()), dtype)
         linear.node.replace_input_with(0, quantized[source.name])
         linear.node.replace_input_with(1, weight)
-        widen_bias(model.graph, linear.node)
+        if is_fixed(source.shape):
+            widen_bias(model.graph, linear.node)
     prune(model)
 
 
@@ -126,11 +127,17 @@ def quantized_weight(graph: ir.Graph, linear: Linear, name: str, factors: Factor
     return node.outputs[0]
 
 
+def is_fixed(shape: ir.Shape | None) -> bool:
+    """Whether no axis is free, as far as is known."""
+    return shape is None or all(isinstance(axis, int) for axis in shape)
+
+
 def widen_bias(graph: ir.Graph, product: ir.Node) -> None:
     """Bias (N,) -> (1, N): the same sum.
 
     Around a product of fixed shape with a bias (N,) ONNX Runtime 1.32 makes a Gemm between Reshapes, and loses the type
-    of the quantised activation on the way: it then refuses to load the graph.
+    of the quantised activation on the way: it then refuses to load the graph. Where an axis is free the bias stays as it
+    is, for there it fuses with a Gelu behind it.
     """
     uses = tuple(product.outputs[0].uses())
     adder = uses[0].node if len(uses) == 1 else None
