@@ -53,6 +53,12 @@ def add_quantize_options(parser: argparse.ArgumentParser) -> None:
         help="how activations are clipped; auto takes what errs least for each (default)",
     )
     group.add_argument(
+        "--rounding",
+        choices=("auto", "gptq", "fitted", "rounded"),
+        default="auto",
+        help="how 4-bit weights are rounded; auto takes what errs least for each layer (default)",
+    )
+    group.add_argument(
         "--block-size",
         type=int,
         choices=(16, 32, 64, 128, 256),
@@ -106,6 +112,7 @@ def quantize_options(arguments: argparse.Namespace) -> QuantizeOptions:
         llm=arguments.llm,
         embedding=arguments.embedding,
         method=arguments.method,
+        rounding=arguments.rounding,
         block=arguments.block_size,
         min_cosine=arguments.min_cosine,
         min_cosine_llm=arguments.min_cosine_llm,

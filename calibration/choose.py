@@ -1,26 +1,29 @@
 """Which threshold and which smoothing an activation gets: those with the smallest error of what its layers make of it.
 
 The error is measured on sampled rows: || quantised(x) quantised(W) - x W || / || x W ||, over all layers that read x
-together. The smoothing is chosen first, with the plainest threshold, then the threshold.
+together. Of the smoothings the best is found with the plainest threshold; then every threshold is tried with it and
+without any.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from calibration.blocks import check_weight
 from calibration.histogram import Histogram
 from calibration.insert import LEVELS, columns_quantized
 from calibration.linears import Linear
 from calibration.observe import Observer
-from calibration.scales import TensorScale
+from calibration.scales import LEAST_SCALE, TensorScale
 from calibration.smooth import ALPHAS, smooth_exponents
-from calibration.thresholds import METHODS, threshold, thresholds
+from calibration.thresholds import threshold, thresholds
 
-__all__ = ["CHOICES", "Choice", "chosen_scale"]
+__all__ = ["CHOICES", "Choice", "chosen_scale", "some_columns"]
 
 Floats = NDArray[np.float32]
 Exponents = NDArray[np.int8]
@@ -38,30 +41,49 @@ def chosen_scale(linears: Sequence[Linear], observer: Observer, method: Choice, 
         observer: what was seen of it.
         method: one of ``CHOICES``; "auto" tries all.
         smooth: whether factors can be folded into what makes the activation.
+
+    Raises:
+        CalibrationError: a weight is not finite.
     """
-    weights = [some_columns(linear.weight()) for linear in linears]
+    weights = [some_columns(linear) for linear in linears]
     trial = Trial(observer, weights)
-    exponents = np.zeros(len(observer.channels), np.int8)
+    options = [np.zeros(len(observer.channels), np.int8)]
     if smooth:
-        tried = [exponents, *(smooth_exponents(observer.channels, weights, alpha) for alpha in ALPHAS)]
-        exponents = min(tried, key=lambda option: trial.error(option, trial.largest(option)))
-    candidates = trial.thresholds(exponents, method)
-    errors = {name: trial.error(exponents, value) for name, value in candidates.items()}
-    best = min(errors, key=lambda name: (errors[name], METHODS.index(name)))
+        tried = [smooth_exponents(observer.channels, weights, alpha) for alpha in ALPHAS]
+        options.append(min(tried, key=lambda option: trial.error(option, trial.largest(option))))
+    candidates = [candidate for option in options for candidate in trial.candidates(option, method)]
+    best = min(candidates, key=lambda candidate: candidate.error)  # the plainest of those that err alike
     return TensorScale(
-        threshold=candidates[best],
-        method=best,
+        threshold=best.threshold,
+        method=best.method,
         largest=observer.histogram.largest,
-        error=errors[best],
+        error=best.error,
         layers=tuple(linear.name for linear in linears),
-        smooth=tuple(exponents.tolist()) if exponents.any() else (),
+        smooth=tuple(best.exponents.tolist()) if best.exponents.any() else (),
     )
 
 
-def some_columns(weight: Floats) -> Floats:
-    """At most ``COLUMNS`` columns (K, n) of a weight (K, N)."""
+def some_columns(linear: Linear) -> Floats:
+    """At most ``COLUMNS`` columns (K, n) of a layer's weight (K, N)."""
+    weight = linear.weight()
+    check_weight(weight, block=1, bits=8)
     step = -(-weight.shape[1] // COLUMNS)
     return np.ascontiguousarray(weight[:, ::step])
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A smoothing and a threshold, and the relative error of the layers' outputs with them."""
+
+    exponents: Exponents
+    method: str
+    threshold: float
+    error: float
+
+
+def norm(values: Floats) -> float:
+    """The Frobenius norm; squares of float32 leave its range."""
+    return float(np.linalg.norm(values.astype(np.float64)))
 
 
 class Trial:
@@ -72,8 +94,13 @@ class Trial:
         self.rows = observer.sample  # (R, K)
         self.weight = np.concatenate(weights, axis=1)  # (K, n): errors are those of all layers together
         self.wanted = self.rows @ self.weight
-        self.norm = float(np.linalg.norm(self.wanted)) or 1.0
+        self.norm = norm(self.wanted) or 1.0
         self.quantized: dict[bytes, Floats] = {}
+
+    def candidates(self, exponents: Exponents, method: Choice) -> list[Candidate]:
+        """Every method's threshold behind one smoothing."""
+        found = self.thresholds(exponents, method)
+        return [Candidate(exponents, name, value, self.error(exponents, value)) for name, value in found.items()]
 
     def largest(self, exponents: Exponents) -> float:
         """Largest magnitude of the smoothed activation, over all that was seen."""
@@ -88,14 +115,14 @@ class Trial:
         found = dict(thresholds(histogram)) if method == "auto" else {str(method): threshold(histogram, method)}
         if "minmax" in found:
             found["minmax"] = self.largest(exponents)
-        return found
+        return {name: max(value, LEAST_SCALE * LEVELS) for name, value in found.items()}
 
     def error(self, exponents: Exponents, limit: float) -> float:
         """Relative error of the layers' outputs."""
         shift = exponents.astype(np.int32)
         scale = np.float32(limit / LEVELS)
         rows = np.rint(np.ldexp(self.rows, -shift) / scale).clip(-LEVELS - 1, LEVELS) * scale
-        return float(np.linalg.norm(rows @ self.narrow(exponents) - self.wanted)) / self.norm
+        return norm(rows @ self.narrow(exponents) - self.wanted) / self.norm
 
     def narrow(self, exponents: Exponents) -> Floats:
         """The smoothed weight after a round trip through 8 bits."""

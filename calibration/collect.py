@@ -41,7 +41,8 @@ class Collected:
         observers: by stage and activation.
         clips: those that calibrated.
         measured: names of those the examples are of.
-        skipped: names of those that could not be read, with the reason.
+        skipped: names of those that could not be read, with the reason; of a clip that is damaged half-way, the frames
+            before count among what vision has seen.
     """
 
     observers: dict[str, dict[str, Observer]]
@@ -49,6 +50,13 @@ class Collected:
     clips: list[ClipRecord] = field(default_factory=list)
     measured: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+
+    def told(self, clip: Clip, frames: int, *, record: bool) -> None:
+        """A clip was played, to be measured by or to calibrate."""
+        if record:
+            self.measured.append(clip.name)
+        else:
+            self.clips.append(ClipRecord(clip.name, clip.sha256(), frames))
 
 
 def split(clips: Sequence[Clip]) -> tuple[list[Clip], list[Clip]]:
@@ -91,22 +99,31 @@ def collected(
         CalibrationError: no clip could be read, or an activation is not a finite number.
     """
     result = Collected({stage: observers_of(bundle, stage) for stage in stages})
-    watcher = Watcher(result)
+    outputs = {name: [spec.name for spec in stage.outputs] for name, stage in bundle.manifest.stages.items()}
+    watcher = Watcher(result, {**outputs, "decode": ["logits"]})
     taps = {stage: list(observers) for stage, observers in result.observers.items()}
     backend = WatchingBackend(bundle, taps, watcher.look, threads)
     with VideoQA.over(bundle, backend) as qa:
+
+        def play(part: Sequence[Clip], *, record: bool) -> list[Clip]:
+            step = "clips held out" if record else "clips"
+            readable = []
+            for number, clip in enumerate(part):
+                progress(f"{step}: {number + 1}/{len(part)} {clip.name}")
+                watcher.begin(clip, record=record)
+                if seen := watcher.played(qa, clip, questions.for_clip(clip.name, number, QUESTIONS), frames, note):
+                    readable.append(clip)
+                    result.told(clip, seen, record=record)
+            return readable
+
         calibrating, measuring = split(clips)
-        for number, clip in enumerate(calibrating):
-            progress(f"clips: {number + 1}/{len(calibrating)} {clip.name}")
-            watcher.begin(clip, record=False)
-            if seen := watcher.played(qa, clip, questions.for_clip(clip.name, number, QUESTIONS), frames, note):
-                result.clips.append(ClipRecord(clip.name, clip.sha256(), seen))
-        for number, clip in enumerate(measuring):
-            progress(f"clips held out: {number + 1}/{len(measuring)} {clip.name}")
-            watcher.begin(clip, record=True)
-            if watcher.played(qa, clip, questions.for_clip(clip.name, number, QUESTIONS), frames, note):
-                result.measured.append(clip.name)
-    if not result.clips or not result.measured:
+        calibrated = play(calibrating, record=False)
+        held_out = play(measuring, record=True)
+        if not held_out:  # what was held out could not be read
+            play(calibrated[:MOST_MEASURED], record=True)
+        if not calibrated:
+            play(held_out, record=False)
+    if not result.clips:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in [*result.skipped.items()][:1])
         raise CalibrationError(f"none of the {len(clips)} clips could be used ({reasons:.300}); give readable videos")
     return result
@@ -122,8 +139,10 @@ def observers_of(bundle: Bundle, stage: str) -> dict[str, Observer]:
 class Watcher:
     """Hands what a stage computed to observers, or to the recorder."""
 
-    def __init__(self, result: Collected) -> None:
+    def __init__(self, result: Collected, outputs: Mapping[str, Sequence[str]]) -> None:
+        """``outputs`` of a stage are recorded; the LLM's cache is not."""
         self.result = result
+        self.outputs = outputs
         self.clip = ""
         self.record = False
 
@@ -133,12 +152,10 @@ class Watcher:
 
     def look(self, stage: str, feeds: Mapping[str, Array], values: Mapping[str, Array]) -> None:
         """One run of a stage."""
-        observers = self.result.observers.get(stage, {})
         if self.record:
-            outputs = {name: value for name, value in values.items() if name not in observers}
-            self.result.examples.look(stage, feeds, outputs)
+            self.result.examples.look(stage, feeds, {name: values[name] for name in self.outputs[stage]})
             return
-        for name, observer in observers.items():
+        for name, observer in self.result.observers.get(stage, {}).items():
             observer.add(feeds[name] if name in feeds else values[name])
             if observer.histogram.not_finite:
                 raise CalibrationError(

@@ -6,6 +6,7 @@ constants, which would otherwise be computed in every run and counted as layers.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -15,9 +16,11 @@ from numpy.typing import NDArray
 
 __all__ = [
     "Linear",
+    "constant",
     "constant_behind",
     "floats",
     "fold_constant_products",
+    "free_name",
     "grouped",
     "linears_of",
     "matrix",
@@ -64,16 +67,27 @@ class Linear:
 def linears_of(model: ir.Model) -> dict[str, Linear]:
     """All of them by name, in the order of the graph; a weight that is used twice counts once for every use."""
     found: dict[str, Linear] = {}
+    uses: Counter[str] = Counter()
+    depending = depending_values(model.graph)
     for node in model.graph:
         if node.op_type != "MatMul" or node.domain:
             continue
-        stored = constant_behind(node.inputs[1])
-        if stored is None or constant_behind(node.inputs[0]) is not None or not is_large_matrix(stored):
+        source, stored = node.inputs[0], constant_behind(node.inputs[1])
+        if stored is None or source not in depending or is_vector(source) or not is_large_matrix(stored):
             continue
         assert stored.name is not None
-        again = sum(name.split("#")[0] == stored.name for name in found)
-        name = f"{stored.name}#{again + 1}" if again else stored.name
+        uses[stored.name] += 1
+        name = f"{stored.name}#{uses[stored.name]}" if uses[stored.name] > 1 else stored.name
         found[name] = Linear(name, node)
+    return found
+
+
+def depending_values(graph: ir.Graph) -> set[ir.Value | None]:
+    """Values computed from the graph's inputs; engines compute all others once, while loading."""
+    found: set[ir.Value | None] = set(graph.inputs)
+    for node in graph:
+        if any(value in found for value in node.inputs):
+            found.update(node.outputs)
     return found
 
 
@@ -85,6 +99,11 @@ def grouped(linears: Iterable[Linear]) -> dict[str, list[Linear]]:
     return groups
 
 
+def is_vector(value: ir.Value | None) -> bool:
+    """Whether a tensor is known to have one axis; ONNX Runtime 1.32 does not load its product in 8 bits."""
+    return value is not None and value.shape is not None and len(value.shape) == 1
+
+
 def is_large_matrix(stored: ir.Value) -> bool:
     """Whether it is a matrix with a shape worth quantising."""
     shape = stored.shape.numpy() if stored.shape is not None else ()
@@ -92,13 +111,13 @@ def is_large_matrix(stored: ir.Value) -> bool:
 
 
 def constant_behind(value: ir.Value | None) -> ir.Value | None:
-    """The initializer that ``value`` is, or is a Cast of."""
+    """The initializer that ``value`` is, or is a Cast of; one that callers may replace is no constant."""
     if value is None:
         return None
     producer = value.producer()
     if producer is not None and producer.op_type == "Cast":
         value = producer.inputs[0]
-    return value if value is not None and value.is_initializer() else None
+    return value if value is not None and value.is_initializer() and not value.is_graph_input() else None
 
 
 def matrix(value: ir.Value | None) -> Floats:
@@ -114,21 +133,40 @@ def floats(tensor: ir.TensorProtocol) -> Floats:
 
 
 def replace_constant(graph: ir.Graph, node: ir.Node, index: int, name: str, values: Floats) -> None:
-    """Give ``node`` another constant as input ``index``; it is stored, and cast, as the one before."""
+    """Give ``node`` another constant as input ``index``: stored, and cast, as the one before where no bit is lost."""
     before = node.inputs[index]
     stored = constant_behind(before)
-    assert before is not None and stored is not None and stored.dtype is not None
-    array = values.astype(stored.dtype.numpy())
-    shape = ir.Shape(array.shape)
-    value = ir.Value(name=name, shape=shape, type=ir.TensorType(stored.dtype), const_value=ir.tensor(array, name=name))
-    graph.register_initializer(value)
-    if stored is not before:
-        assert before.dtype is not None
+    assert before is not None and stored is not None and before.dtype is not None and stored.dtype is not None
+    with np.errstate(over="ignore"):
+        narrow = values.astype(stored.dtype.numpy())
+    exact = np.array_equal(narrow.astype(np.float32), values, equal_nan=True)
+    array = narrow if exact else values.astype(before.dtype.numpy())
+    value = constant(graph, name, array)
+    if value.dtype != before.dtype:
         cast = ir.node("Cast", [value], {"to": before.dtype.value})
         value = cast.outputs[0]
-        value.name, value.shape, value.type = f"{name}.cast", shape, ir.TensorType(before.dtype)
+        value.name, value.shape, value.type = f"{name}.cast", ir.Shape(array.shape), ir.TensorType(before.dtype)
         graph.insert_before(node, cast)
     node.replace_input_with(index, value)
+
+
+def constant(graph: ir.Graph, name: str, array: NDArray[np.generic]) -> ir.Value:
+    """A new initializer; its name says which if ``name`` is taken."""
+    name = free_name(graph, name)
+    tensor = ir.tensor(array, name=name)
+    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def free_name(graph: ir.Graph, name: str) -> str:
+    """``name``, or with the first number behind it that no initializer has."""
+    count = 1
+    free = name
+    while free in graph.initializers:
+        count += 1
+        free = f"{name}#{count}"
+    return free
 
 
 def fold_constant_products(model: ir.Model) -> None:
@@ -138,23 +176,17 @@ def fold_constant_products(model: ir.Model) -> None:
         if node.op_type != "MatMul" or node.domain or first is None or second is None:
             continue
         product = node.outputs[0]
-        assert product.name is not None and product.dtype is not None
+        if product.dtype is None or not product.dtype.is_floating_point() or product.is_graph_output():
+            continue
         values = (matrix(node.inputs[0]).astype(np.float64) @ matrix(node.inputs[1])).astype(product.dtype.numpy())
-        folded = ir.Value(
-            name=f"{product.name}.folded",
-            shape=ir.Shape(values.shape),
-            type=ir.TensorType(product.dtype),
-            const_value=ir.tensor(values, name=f"{product.name}.folded"),
-        )
-        model.graph.register_initializer(folded)
-        product.replace_all_uses_with(folded)
+        product.replace_all_uses_with(constant(model.graph, f"{product.name}.folded", np.asarray(values)))
         model.graph.remove(node, safe=True)
     prune(model)
 
 
 def prune(model: ir.Model) -> None:
     """Remove Casts and initializers that nothing reads."""
-    for node in list(model.graph):
+    for node in reversed(list(model.graph)):
         if node.op_type == "Cast" and not node.outputs[0].uses() and not node.outputs[0].is_graph_output():
             model.graph.remove(node, safe=True)
     for name, value in list(model.graph.initializers.items()):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import msgspec
 import numpy as np
@@ -23,12 +24,16 @@ from runtime.manifest import Manifest
 __all__ = ["Examples", "Loss", "measured"]
 
 Floats = NDArray[np.float32]
+Pair = tuple[Mapping[str, Array], Mapping[str, Array]]  # what a run was fed with, what it gave
+Step = tuple[Floats, NDArray[np.int64], Floats]  # rows (S, D), positions (axes, S), logits (V,)
+Kept = TypeVar("Kept")
 
 TIED = 1e-4  # of the largest score: closer together, no selection is better than another
 
 
 class Loss(msgspec.Struct, frozen=True, kw_only=True):
-    """Distance of a stage's outputs, over all examples.
+    """Distance of a stage's outputs, over all examples: what vision makes of one group of frames, one selection, one
+    question, one step of the LLM.
 
     Attributes:
         cosine: the smallest of any example.
@@ -52,25 +57,39 @@ class Loss(msgspec.Struct, frozen=True, kw_only=True):
 class Examples:
     """Inputs and outputs of float stages, recorded while they run.
 
+    Of many runs those are kept that lie evenly among all: every one until there are ``most``, then every second, every
+    fourth and so on.
+
     Attributes:
         most: examples kept of a stage, counting sequences of the LLM.
     """
 
     most: int
-    graphs: dict[str, list[tuple[Mapping[str, Array], Mapping[str, Array]]]] = field(default_factory=dict)
-    sequences: list[list[tuple[Floats, NDArray[np.int64], Floats]]] = field(default_factory=list)
+    graphs: dict[str, list[Pair]] = field(default_factory=dict)
+    sequences: list[list[Step]] = field(default_factory=list)
+    seen: dict[str, int] = field(default_factory=dict)  # runs by stage
+    strides: dict[str, int] = field(default_factory=dict)  # the runs kept are those whose number this divides
+    current: list[Step] = field(default_factory=list)  # the sequence that goes on, kept or not
 
     def look(self, stage: str, feeds: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
         """Record one run of a stage, or one step of the LLM."""
         if stage != "decode":
-            kept = self.graphs.setdefault(stage, [])
-            if len(kept) < self.most:
-                kept.append((dict(feeds), dict(outputs)))
+            self.keep(stage, self.graphs.setdefault(stage, []), (dict(feeds), dict(outputs)))
             return
-        step = (feeds["inputs_embeds"], feeds["position_ids"].copy(), outputs["logits"])
         if feeds["position_ids"].min() == 0:  # a prompt begins
-            self.sequences.append([])
-        self.sequences[-1].append(step)
+            self.current = []
+            self.keep(stage, self.sequences, self.current)
+        self.current.append((feeds["inputs_embeds"], feeds["position_ids"].copy(), outputs["logits"]))
+
+    def keep(self, stage: str, kept: list[Kept], example: Kept) -> None:
+        """Add an example where its turn is."""
+        number, stride = self.seen.get(stage, 0), self.strides.get(stage, 1)
+        self.seen[stage] = number + 1
+        if number % stride == 0 and len(kept) == self.most:
+            del kept[1::2]
+            self.strides[stage] = stride = 2 * stride
+        if number % stride == 0:
+            kept.append(example)
 
     def few(self, stage: str, count: int) -> Examples:
         """The first ``count`` examples of one stage."""
@@ -102,7 +121,7 @@ def loss_of(pairs: Iterable[tuple[Floats, Floats]], **more: float) -> Loss:
 
 def refine_loss(
     forms: Sequence[Form],
-    pairs: list[tuple[Mapping[str, Array], Mapping[str, Array]]],
+    pairs: Sequence[Pair],
     manifest: Manifest,
     threads: int | None,
 ) -> Loss:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from calibration.choose import CHOICES, Choice
+from calibration.choose_blocks import ROUNDINGS, Rounding
+from runtime.backend import MAX_THREADS
 from runtime.errors import OptionError
 
 __all__ = ["LLM", "PRECISIONS", "Embedding", "Precision", "QuantizeOptions"]
@@ -27,6 +29,7 @@ class QuantizeOptions:
         llm: the LLM's own precision, in place of the one that follows from ``precision``.
         embedding: how the token embedding table is stored.
         method: how activations' thresholds are chosen.
+        rounding: how 4-bit weights are rounded; "auto" takes what errs least for each layer.
         block: rows of a 4-bit weight that share a scale, at most; smaller where it does not divide.
         min_cosine: least cosine of vision, refine and aggregate with the float stage, on any measured example.
         min_cosine_llm: the same of the LLM's logits; None asks for nothing.
@@ -42,6 +45,7 @@ class QuantizeOptions:
     llm: LLM | None = None
     embedding: Embedding = "float"
     method: Choice = "auto"
+    rounding: Rounding = "auto"
     block: int = 128
     min_cosine: float = 0.999
     min_cosine_llm: float | None = None
@@ -58,6 +62,7 @@ class QuantizeOptions:
             ("llm", self.llm, (None, *get_args(LLM))),
             ("embedding", self.embedding, get_args(Embedding)),
             ("method", self.method, CHOICES),
+            ("rounding", self.rounding, ROUNDINGS),
             ("block", self.block, BLOCKS),
         ):
             if value not in allowed:
@@ -67,6 +72,10 @@ class QuantizeOptions:
                 raise OptionError(f"--{name} is {cosine}, expected 0 or more and below 1")
         if self.max_drop is not None and not 0 <= self.max_drop <= 100:
             raise OptionError(f"--max-drop is {self.max_drop}, expected 0 to 100 percentage points")
+        if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
+            raise OptionError(
+                f"--threads is {self.threads}, expected 1 to {MAX_THREADS}; leave it out for one per core"
+            )
 
     @property
     def decode(self) -> LLM:

@@ -31,6 +31,25 @@ SMALLEST_SCALE = 1e-30  # far below any activation that means something, far abo
 DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
 
 
+class CheckedTensor(ir.ExternalTensor):
+    """A weight in a file that opening the bundle has checked.
+
+    Package managers link installed files to their caches; ``onnx_ir`` refuses files with several hard links unless
+    it is left to the caller where a location leads.
+    """
+
+    def __init__(self, tensor: ir.ExternalTensor, folder: Path) -> None:
+        assert tensor.name is not None
+        shape = ir.Shape(tensor.shape.numpy())
+        super().__init__(tensor.location, tensor.offset, tensor.length, tensor.dtype, shape=shape, name=tensor.name)
+        self.folder = folder
+
+    @property
+    def path(self) -> str:
+        """The file."""
+        return str(self.folder / self.location)
+
+
 @dataclass(frozen=True)
 class Plan:
     """A stage's scales.
@@ -71,14 +90,19 @@ def planned(
         observers: what was seen of every activation.
         options: the run's.
         narrow: 4-bit weights in place of W8A8.
-        given: entries of a scale table, which are taken as they are.
+        given: entries of a scale table, which are taken as they are; 4-bit weights are fitted anew.
         progress: told which activation of how many is on.
 
     Raises:
-        CalibrationError: an activation that was always 0, or an entry that does not fit.
+        CalibrationError: an activation that was always 0, an entry that does not fit, or no weight that blocks divide.
     """
     _, layers = float_graph(source)
     groups = grouped(layers.values())
+    if unknown := sorted(given.keys() - groups.keys()):
+        raise CalibrationError(
+            f"the scale table has an entry for {unknown[0]!r:.80}, which no layer of {source.name} reads; remove the "
+            "entry or calibrate again"
+        )
     scales: dict[str, TensorScale] = {}
     blocks: dict[str, Blocks] = {}
     for number, (name, linears) in enumerate(groups.items(), 1):
@@ -90,12 +114,19 @@ def planned(
             )
         smooth = fold_of(linears, layers) is not None
         if narrow:
-            scales[name], of_layers = chosen_blocks(linears, observers[name], options.block, smooth=smooth)
+            scales[name], of_layers = chosen_blocks(
+                linears, observers[name], options.block, options.rounding, smooth=smooth
+            )
             blocks.update(of_layers)
         elif name in given:
             scales[name] = checked(given[name], linears[0].shape[0], name, smooth=smooth)
         else:
             scales[name] = chosen_scale(linears, observers[name], options.method, smooth=smooth)
+    if narrow and not blocks:
+        raise CalibrationError(
+            f"{source.name} has no layer whose input channels a block of 16 or more divides, expected at least one; "
+            "use --llm int8 or --llm float"
+        )
     return Plan(source, spec, scales, blocks)
 
 
@@ -110,8 +141,11 @@ def checked(scale: TensorScale, width: int, name: str, *, smooth: bool) -> Tenso
 
 
 def float_graph(source: Path) -> tuple[ir.Model, dict[str, Linear]]:
-    """A float stage and its layers; products of constants are folded."""
+    """A float stage, of a bundle that was opened, and its layers; products of constants are folded."""
     model = ir.load(source)
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            value.const_value = CheckedTensor(value.const_value, source.parent)
     fold_constant_products(model)
     return model, linears_of(model)
 
@@ -121,12 +155,14 @@ def built(plan: Plan, groups: Collection[str]) -> ir.Model:
     model, layers = float_graph(plan.source)
     by_activation = grouped(layers.values())
     chosen = [name for name in by_activation if name in groups]
-    rows, columns = smoothed(model, layers, plan, chosen)
     quantized = {linear.name: linear for group in chosen for linear in by_activation[group]}
+    if plan.blocks:
+        quantized = {name: linear for name, linear in quantized.items() if name in plan.blocks}
+    rows, columns = smoothed(model, layers, plan, chosen, quantized)
     dtype = DTYPES[plan.spec.compute]
     if plan.blocks:
-        blocks = {name: with_columns(plan.blocks[name], columns.get(name)) for name in quantized if name in plan.blocks}
-        insert_int4(model, {name: quantized[name] for name in blocks}, blocks, dtype)
+        blocks = {name: with_columns(plan.blocks[name], columns.get(name)) for name in quantized}
+        insert_int4(model, quantized, blocks, dtype)
     else:
         scales = {name: plan.scales[name].threshold / LEVELS for name in chosen}
         factors = {name: Factors(rows.get(name), columns.get(name)) for name in quantized}
@@ -137,15 +173,24 @@ def built(plan: Plan, groups: Collection[str]) -> ir.Model:
 
 def drop_inner_types(model: ir.Model) -> None:
     """Leave out what engines infer: types and shapes take as much of a small graph's file as its nodes do."""
-    inner = [output for node in model.graph for output in node.outputs if not output.is_graph_output()]
+    inner = [output for node in model.graph for output in node.outputs]
     for value in (*inner, *model.graph.initializers.values()):
-        value.shape, value.type = None, None
+        if not value.is_graph_output() and not value.is_graph_input():
+            value.shape, value.type = None, None
 
 
 def smoothed(
-    model: ir.Model, layers: Mapping[str, Linear], plan: Plan, groups: Collection[str]
+    model: ir.Model, layers: Mapping[str, Linear], plan: Plan, groups: Collection[str], quantized: Collection[str]
 ) -> tuple[dict[str, Exponents], dict[str, Exponents]]:
-    """Fold the smoothing of ``groups`` into the graph; what the layers' rows and columns are multiplied by, log2."""
+    """Fold the smoothing of ``groups`` into the graph; what quantised layers' rows and columns are multiplied by, log2.
+
+    Args:
+        model: the graph.
+        layers: all of it.
+        plan: whose smoothing.
+        groups: activations to smooth.
+        quantized: names of the layers that will be quantised; a feeder that will not be gets other columns at once.
+    """
     rows: dict[str, Exponents] = {}
     columns: dict[str, Exponents] = {}
     by_activation = grouped(layers.values())
@@ -155,10 +200,11 @@ def smoothed(
             continue
         fold = fold_of(by_activation[group], layers)
         assert fold is not None, "the plan smooths only what folds"
+        assert all(linear.name in quantized for linear in by_activation[group]), "whose rows make good for it"
         rows.update((linear.name, exponents) for linear in by_activation[group])
         if fold.norm is not None:
             put_factors(model.graph, fold.norm, exponents)
-        elif fold.feeder is not None and layers[fold.feeder].activation in groups:
+        elif fold.feeder is not None and fold.feeder in quantized:
             columns[fold.feeder] = -exponents
         elif fold.feeder is not None:
             put_column_factors(model.graph, layers[fold.feeder], exponents)

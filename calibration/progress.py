@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import resource
 import sys
 import time
@@ -9,6 +10,8 @@ from pathlib import Path
 from types import TracebackType
 
 from tqdm import tqdm
+
+from runtime.cli import printable
 
 __all__ = ["Steps"]
 
@@ -20,8 +23,9 @@ class Steps:
         self.title = title
         self.step: str | None = None
         self.began = 0.0
+        self.stream = sys.stderr or io.StringIO()  # None where it was closed before we began
         self.bar: tqdm[None] = tqdm(
-            bar_format="{desc} {elapsed}", file=sys.stderr, disable=not sys.stderr.isatty(), leave=False
+            bar_format="{desc} {elapsed}", file=self.stream, disable=not self.stream.isatty(), leave=False
         )
 
     def __enter__(self) -> Steps:
@@ -40,7 +44,7 @@ class Steps:
         if name != self.step:
             self.end()
             self.step, self.began = name, time.perf_counter()
-        self.bar.set_description_str(f"{self.title}: {step}")
+        self.bar.set_description_str(printable(f"{self.title}: {step}"))
 
     def end(self) -> None:
         """Report the step that runs, if any."""
@@ -51,7 +55,7 @@ class Steps:
 
     def say(self, line: str) -> None:
         """A line that stays, above the bar."""
-        self.bar.write(line, file=sys.stderr)
+        self.bar.write(printable(line), file=self.stream)
 
 
 def peak_memory() -> int:

@@ -7,7 +7,6 @@ nothing is written. Parses no command line; ``calibration.__main__`` does.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import platform
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -16,14 +15,14 @@ from pathlib import Path
 
 import msgspec
 
-from calibration.accuracy import right_answers
+from calibration.accuracy import answerable, right_answers
 from calibration.clips import Clip, clips_from
 from calibration.collect import Collected, collected
 from calibration.embedding import write_narrow_embedding
 from calibration.options import QuantizeOptions
 from calibration.plan import Plan, planned
-from calibration.questions import Questions, questions_from
-from calibration.report import REPORT, SCALES, Accuracy, Report, StageReport, encode_report
+from calibration.questions import Labelled, Questions, questions_from
+from calibration.report import REPORT, SCALES, Accuracy, Report, StageReport, encode_report, versions
 from calibration.scales import ScaleTable, StageScales, encode_table, read_table, weights_hash
 from calibration.sensitivity import Target
 from calibration.write import bundle_draft, file_specs, replace_file, written
@@ -33,7 +32,6 @@ from runtime.bundle import EVIDENCE, MANIFEST, Bundle
 from runtime.engine import VideoQA
 from runtime.errors import CalibrationError
 from runtime.manifest import FORMAT_VERSION, Manifest, StageSpec, encode_manifest
-from runtime.version import __version__
 
 __all__ = ["quantized_bundle"]
 
@@ -43,6 +41,7 @@ Written = Mapping[str, tuple[StageSpec, StageReport]]
 EMBEDDING = "embedding.safetensors"
 ORDER = ("vision", "refine", "aggregate", "decode")  # in which stages are quantised
 MARGINS = (1.0, 0.3, 0.1, 0.03, 0.01)  # of the allowed distance from a cosine of 1, while answers drop too much
+WORTH = 10  # times its distance from 1 that a selection may lose of its worth: a hundredth beside a cosine of 0.999
 LLM_DISTANCE = 0.01  # of the LLM's cosine from 1 that such tightening starts from, where none was asked for
 
 
@@ -135,10 +134,13 @@ class Run:
             progress=self.progress,
             note=self.note,
         )
+        labelled = answerable(self.questions.labelled, found.skipped, required=options.max_drop is not None)
         plans = {stage: self.plan(stage, found, table) for stage in self.stages}
         replace_file(self.draft / SCALES, encode_table(self.table(plans, found)))
+        self.progress("copy")
         self.copy_rest()
-        stages, accuracy = self.within_drop(plans, found)
+        stages, accuracy = self.within_drop(plans, found, labelled)
+        self.progress("write")
         for stage, (_, report) in stages.items():
             self.note(f"{stage}: {report}")
         replace_file(self.draft / REPORT, encode_report(self.report(stages, found, accuracy)))
@@ -147,13 +149,24 @@ class Run:
     def plan(self, stage: str, found: Collected, table: ScaleTable | None) -> Plan:
         """Scales of one stage, from the given table where it has them."""
         spec = self.bundle.manifest.stages[stage]
+        given = table.stages[stage].tensors if table and stage in table.stages else {}
+        narrow = stage == "decode" and self.options.decode == "int4"
+        if unknown := sorted(set(given) - set(found.observers[stage])):
+            raise CalibrationError(
+                f"{self.options.scales} has a scale for {unknown[0]!r:.80}, which is none of the "
+                f"{len(found.observers[stage])} activations of the stage {stage}; remove the entry or calibrate again"
+            )
+        if narrow and given:
+            self.note(
+                f"{stage}: weights of 4 bits are chosen anew; the scale table's {len(given)} entries are not used"
+            )
         return planned(
             self.bundle.path(spec.file),
             spec,
             found.observers[stage],
             self.options,
-            narrow=stage == "decode" and self.options.decode == "int4",
-            given=table.stages[stage].tensors if table and stage in table.stages else {},
+            narrow=narrow,
+            given=given,
             progress=lambda number, count: self.progress(f"choose {stage}: {number}/{count}"),
         )
 
@@ -170,24 +183,38 @@ class Run:
             stages=stages,
         )
 
-    def within_drop(self, plans: Mapping[str, Plan], found: Collected) -> tuple[Written, Accuracy | None]:
+    def within_drop(
+        self, plans: Mapping[str, Plan], found: Collected, labelled: Sequence[Labelled]
+    ) -> tuple[Written, Accuracy | None]:
         """Write all stages; where too many labelled answers are lost, again with tighter targets.
 
         Raises:
             CalibrationError: a target does not hold.
         """
-        right = sum(self.answered(self.bundle, "float")) if self.questions.labelled else 0
+        right = sum(self.answered(self.bundle, labelled, "float")) if labelled else 0
         writer = StageWriter(self.draft, self.bundle.manifest, found.examples, self.options.threads, self.progress)
+        accuracy: Accuracy | None = None
+        tried: dict[str, list[str]] | None = None
         for margin in MARGINS:
-            stages = {stage: writer.write(stage, plan, self.target(stage, margin)) for stage, plan in plans.items()}
-            if not self.questions.labelled:
+            try:
+                stages = {stage: writer.write(stage, plan, self.target(stage, margin)) for stage, plan in plans.items()}
+            except CalibrationError:
+                if accuracy is None:  # the user's own target
+                    raise
+                break
+            if not labelled:
                 return stages, None
+            floats = {stage: [*report.floats] for stage, (_, report) in stages.items()}
+            if floats == tried:  # the same bundle was asked before
+                continue
+            tried = floats
             self.write_manifest(stages)
-            told = self.answered(opened(self.draft), "quantised")
+            told = self.answered(opened(self.draft), labelled, "quantised")
             accuracy = Accuracy(asked=len(told), right_float=right, right_quantized=sum(told))
             self.note(str(accuracy))
             if self.options.max_drop is None or accuracy.drop <= self.options.max_drop:
                 return stages, accuracy
+        assert accuracy is not None, "the first margin raises or asks"
         raise CalibrationError(
             f"{accuracy.drop:.2f} percentage points of {accuracy.asked} labelled answers are lost, more than "
             f"--max-drop {self.options.max_drop:g}, with as much in floating point as was tried; allow more, use "
@@ -199,12 +226,12 @@ class Run:
         least = self.options.min_cosine_llm if stage == "decode" else self.options.min_cosine
         if least is None:
             return Target(0.0 if margin == 1 else 1 - LLM_DISTANCE * margin)
-        return Target(1 - (1 - least) * margin)
+        distance = (1 - least) * margin
+        return Target(1 - distance, worth=1 - WORTH * distance)
 
-    def answered(self, bundle: Bundle, which: str) -> list[bool]:
+    def answered(self, bundle: Bundle, labelled: Sequence[Labelled], which: str) -> list[bool]:
         """Whether each labelled question is answered rightly by one of the two bundles."""
         paths = {clip.name: clip.path for clip in self.clips}
-        labelled = sorted(self.questions.labelled, key=lambda question: question.clip)
         with VideoQA.over(bundle, open_backend(bundle, "cpu", threads=self.options.threads)) as qa:
             return right_answers(
                 qa, paths, labelled, self.options.frames, lambda step: self.progress(f"answer {which}: {step}")
@@ -246,7 +273,17 @@ class Run:
 
     def report(self, stages: Written, found: Collected, accuracy: Accuracy | None) -> Report:
         """What ``quantization.json`` says."""
-        chosen = ("precision", "decode", "embedding", "method", "block", "min_cosine", "min_cosine_llm", "max_drop")
+        chosen = (
+            "precision",
+            "decode",
+            "embedding",
+            "method",
+            "rounding",
+            "block",
+            "min_cosine",
+            "min_cosine_llm",
+            "max_drop",
+        )
         return Report(
             source=self.bundle.identity,
             calibrated_on=len(found.clips),
@@ -265,9 +302,3 @@ def opened(folder: Path) -> Bundle:
     """A bundle that was just written: nothing is hashed again."""
     data = (folder / MANIFEST).read_bytes()
     return Bundle(folder, msgspec.json.decode(data, type=Manifest), hashlib.sha256(data).hexdigest())
-
-
-def versions() -> dict[str, str]:
-    """What did the work."""
-    names = ("numpy", "onnx", "onnx-ir", "onnxruntime")
-    return {"linvt-edge": __version__, **{name: importlib.metadata.version(name) for name in names}}

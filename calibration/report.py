@@ -5,13 +5,15 @@ Figures only; ``measure`` and ``accuracy`` make them.
 
 from __future__ import annotations
 
+import importlib.metadata
 from typing import Any, Literal
 
 import msgspec
 
 from calibration.measure import Loss
+from runtime.version import __version__
 
-__all__ = ["REPORT", "SCALES", "Accuracy", "Report", "StageReport", "encode_report"]
+__all__ = ["REPORT", "SCALES", "Accuracy", "Report", "StageReport", "encode_report", "versions"]
 
 REPORT = "quantization.json"
 SCALES = "scales.json"
@@ -92,3 +94,9 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 def encode_report(report: Report) -> bytes:
     """The report as indented JSON."""
     return msgspec.json.format(msgspec.json.encode(report, order="deterministic"), indent=1) + b"\n"
+
+
+def versions() -> dict[str, str]:
+    """What did the work."""
+    names = ("numpy", "onnx", "onnx-ir", "onnxruntime")
+    return {"linvt-edge": __version__, **{name: importlib.metadata.version(name) for name in names}}

@@ -6,22 +6,32 @@ its smoothing factors. A threshold t becomes the scale t / 127. The table names 
 
 from __future__ import annotations
 
-import math
+import re
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
-from calibration.write import replace_file
 from runtime.bundle import Bundle
 from runtime.errors import CalibrationError
 from runtime.manifest import JSON_ERRORS
 
-__all__ = ["ClipRecord", "ScaleTable", "StageScales", "TensorScale", "read_table", "weights_hash", "write_table"]
+__all__ = [
+    "LEAST_SCALE",
+    "ClipRecord",
+    "ScaleTable",
+    "StageScales",
+    "TensorScale",
+    "encode_table",
+    "read_table",
+    "weights_hash",
+]
 
 FORMAT = "linvt-scales"
 VERSION = 1
-LARGEST_FILE = 2**28  # bytes
+LARGEST_FILE = 2**26  # bytes; a model of 7 billion parameters needs about 4 million
+LEAST_SCALE, MOST_SCALE = 1e-30, 2.7e36  # far above float32's subnormals; float32's largest number / 127
+MOST_EXPONENT = 30
+LIST = re.compile(rb"\[\n[-\d,\s]+\]")  # of integers, indented; inside a string there is no line break
 
 
 class TensorScale(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -44,10 +54,12 @@ class TensorScale(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     smooth: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.threshold) and self.threshold / 127 >= 1e-30):
-            raise ValueError(f"threshold is {self.threshold}, expected a finite number above 0")
-        if any(abs(exponent) > 30 for exponent in self.smooth):
-            raise ValueError("an exponent in smooth is beyond 30")
+        if not LEAST_SCALE <= self.threshold / 127 <= MOST_SCALE:
+            raise ValueError(
+                f"threshold is {self.threshold:g}, expected above 0, {127 * LEAST_SCALE:g} to {127 * MOST_SCALE:g}"
+            )
+        if beyond := [exponent for exponent in self.smooth if abs(exponent) > MOST_EXPONENT]:
+            raise ValueError(f"smooth has the exponent {beyond[0]}, expected -{MOST_EXPONENT} to {MOST_EXPONENT}")
 
 
 class StageScales(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -82,6 +94,13 @@ class ScaleTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     stages: dict[str, StageScales]
 
 
+class Header(msgspec.Struct):
+    """The two fields that every version has."""
+
+    format: str
+    version: int
+
+
 def weights_hash(bundle: Bundle, stage: str) -> str:
     """SHA-256 of a stage's weights, or of its graph where they are all inside."""
     file = bundle.manifest.stages[stage].file
@@ -89,18 +108,10 @@ def weights_hash(bundle: Bundle, stage: str) -> str:
     return files.get(f"{file}.data", files[file]).sha256
 
 
-def write_table(path: Path, table: ScaleTable) -> None:
-    """Write the table, whole or not at all."""
-    replace_file(path, encode_table(table))
-
-
 def encode_table(table: ScaleTable) -> bytes:
-    """The table as indented JSON; lists of exponents stay on one line."""
-    builtins: dict[str, Any] = msgspec.to_builtins(table)
-    for stage in builtins["stages"].values():
-        for tensor in stage["tensors"].values():
-            tensor["smooth"] = msgspec.Raw(msgspec.json.encode(tensor["smooth"]))
-    return msgspec.json.format(msgspec.json.encode(builtins, order="deterministic"), indent=1) + b"\n"
+    """The table as indented JSON that is the same for equal tables; a list of exponents is one line."""
+    indented = msgspec.json.format(msgspec.json.encode(table, order="deterministic"), indent=1)
+    return LIST.sub(lambda found: b"[" + b" ".join(found[0][1:-1].split()) + b"]", indented) + b"\n"
 
 
 def read_table(path: Path, bundle: Bundle) -> ScaleTable:
@@ -109,24 +120,43 @@ def read_table(path: Path, bundle: Bundle) -> ScaleTable:
     Raises:
         CalibrationError: unreadable, not a table, of another version or of another model.
     """
+    data = table_bytes(path)
     try:
-        if path.stat().st_size > LARGEST_FILE:
-            raise CalibrationError(f"{path} has more than {LARGEST_FILE} bytes; expected a scale table")
-        table = msgspec.json.decode(path.read_bytes(), type=ScaleTable)
-    except OSError as error:
-        raise CalibrationError(f"cannot read the scale table {path}: {error.strerror}; check the path") from error
+        header = msgspec.json.decode(data, type=Header)
+        if (header.format, header.version) != (FORMAT, VERSION):
+            raise CalibrationError(
+                f"{path} has format {header.format!r:.40} version {header.version}, expected {FORMAT!r} version "
+                f"{VERSION}; calibrate again"
+            )
+        table = msgspec.json.decode(data, type=ScaleTable)
     except JSON_ERRORS as error:
         raise CalibrationError(
-            f"{path} is not a scale table: {error!s:.200}; make one with python -m calibration BUNDLE CLIPS"
+            f"{path} is not a scale table: {error!s:.200}; correct it, or take the scales.json of a bundle "
+            "that was calibrated"
         ) from error
-    if (table.format, table.version) != (FORMAT, VERSION):
-        raise CalibrationError(
-            f"{path} has format {table.format!r:.40} version {table.version}, expected {FORMAT!r} version {VERSION}; "
-            "calibrate again"
-        )
+    check_weights(path, table, bundle)
+    return table
+
+
+def table_bytes(path: Path) -> bytes:
+    """What the file holds."""
+    try:
+        size = path.stat().st_size
+        if not path.is_file() or size > LARGEST_FILE:
+            found = f"has {size} bytes" if path.is_file() else "is not a file"
+            raise CalibrationError(
+                f"{path} {found}; expected a scale table, a file of at most {LARGEST_FILE} bytes such as the "
+                "scales.json of a bundle that was calibrated"
+            )
+        return path.read_bytes()
+    except OSError as error:
+        raise CalibrationError(f"cannot read the scale table {path}: {error.strerror}; check the path") from error
+
+
+def check_weights(path: Path, table: ScaleTable, bundle: Bundle) -> None:
+    """The table was made for the weights of this bundle."""
     for name, stage in table.stages.items():
         if name not in bundle.manifest.stages or stage.weights != weights_hash(bundle, name):
             raise CalibrationError(
                 f"{path} was made for other weights of the stage {name!r:.40} than {bundle.folder} has; calibrate again"
             )
-    return table

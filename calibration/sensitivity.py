@@ -6,6 +6,7 @@ measured; then the most harmful ones are left out, as few as hold the target. A 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
@@ -41,7 +42,7 @@ class Kept:
 
     Attributes:
         groups: to quantise.
-        floats: left in floating point, the most harmful first, with the damage 1 - cosine each does alone.
+        floats: left in floating point, the most harmful first, with the damage each does alone.
     """
 
     groups: tuple[str, ...]
@@ -69,27 +70,38 @@ def kept_groups(
     everything = measure(groups)
     if target.holds(everything):
         return Kept(tuple(groups), everything)
-    damages = {}
+    alone = {}
     for number, group in enumerate(groups, 1):
         progress(f"sensitivity {stage}: {number}/{len(groups)}")
-        damages[group] = damage(quick([group]))
-    order = sorted(groups, key=lambda group: -damages[group])
-    left, loss = fewest(order, lambda rest: measure(rest), target)
-    if left == len(order) or loss is None:
-        raise CalibrationError(
-            f"{stage}: the target (cosine {target.cosine:g}) does not hold with any layer quantised: cosine is "
-            f"{everything.cosine:.5f} with all of them, and {1 - min(damages.values()):.5f} with the least harmful one "
-            "alone; ask for less with --min-cosine, or give more clips"
-        )
-    return Kept(
-        tuple(group for group in groups if group not in order[:left]), loss, {g: damages[g] for g in order[:left]}
-    )
+        alone[group] = quick([group])
+    damages = {group: damage(loss) for group, loss in alone.items()}
+    order = sorted(groups, key=lambda group: -damages[group])  # of groups that do equal harm the first leaves first
+    left, loss = fewest(order, measure, target)
+    if loss is None:
+        raise CalibrationError(refusal(stage, target, everything, alone[order[-1]] if order else everything))
+    floats = {group: damages[group] for group in order[:left]}
+    return Kept(tuple(group for group in groups if group not in floats), loss, floats)
 
 
 def damage(loss: Loss) -> float:
-    """What a group does alone; NaN is the worst."""
+    """What a group does alone: what its cosine and its selection's worth lack; NaN is the worst."""
     lost = 1 - loss.cosine + (1 - loss.worth if loss.worth is not None else 0)
-    return lost if lost == lost else float("inf")
+    return math.inf if math.isnan(lost) else lost
+
+
+def refusal(stage: str, target: Target, everything: Loss, least: Loss) -> str:
+    """Why a stage cannot be quantised: what was found with all groups, and with the least harmful one alone."""
+
+    def told(cosine: float, worth: float | None) -> str:
+        return f"cosine {cosine:.7g}" + ("" if everything.worth is None else f", the selection's worth {worth:.5g}")
+
+    option = "--min-cosine-llm" if stage == "decode" else "--min-cosine"
+    lower = f"ask for less with {option}, " if not everything.cosine >= target.cosine else ""
+    return (
+        f"{stage}: the target ({told(target.cosine, target.worth)}) does not hold with any layer quantised: "
+        f"{told(everything.cosine, everything.worth)} with all of them, {told(least.cosine, least.worth)} with the "
+        f"least harmful one alone; {lower}give more clips or try another --method"
+    )
 
 
 def fewest(order: Sequence[str], measure: Measure, target: Target) -> tuple[int, Loss | None]:

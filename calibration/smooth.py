@@ -5,7 +5,8 @@ channels no longer set the scale of all (SmoothQuant, arXiv 2211.10438; for narr
 division is folded into what makes x: into the weight of a norm, or into the columns of a layer whose output x is a
 product with. Where x has neither origin, or other readers, it stays as it is.
 
-All factors are powers of two: dividing by them is exact, so that in floating point not a bit of any result changes.
+All factors are powers of two: short of overflow and of subnormal numbers, which float16 has below 6e-5, dividing by
+them is exact, and in floating point not a bit of any result changes.
 """
 
 from __future__ import annotations
@@ -50,14 +51,14 @@ def fold_of(linears: Sequence[Linear], layers: Mapping[str, Linear]) -> Fold | N
     value = linears[0].node.inputs[0]
     assert value is not None
     readers = {linear.node for linear in linears}
-    if value.is_graph_output() or any(use.node not in readers or use.idx != 0 for use in value.uses()):
+    if value.is_graph_output() or any(use.node not in readers for use in value.uses()):
         return None
     producer = value.producer()
-    if producer is None:
+    if producer is None or producer.domain:
         return None
     if producer.op_type in NORMS and all(constant_behind(part) is not None for part in producer.inputs[1:]):
         return Fold(norm=producer)
-    if producer.op_type == "Mul" and not producer.domain:
+    if producer.op_type == "Mul":
         return product_fold(producer, layers)
     return None
 
@@ -67,7 +68,7 @@ def product_fold(producer: ir.Node, layers: Mapping[str, Linear]) -> Fold | None
     makers = {linear.node: name for name, linear in layers.items()}
     for factor in producer.inputs:
         node = factor.producer() if factor is not None else None
-        if factor is not None and node in makers and len(factor.uses()) == 1:
+        if factor is not None and node in makers and len(factor.uses()) == 1 and not factor.is_graph_output():
             assert node is not None
             return Fold(feeder=makers[node])
     return None

@@ -16,7 +16,15 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from runtime.backend import Array
-from runtime.backend_ort import OrtBackend, OrtDecoder, OrtGraph, create_session, translated
+from runtime.backend_ort import (
+    EXACT_INT8,
+    OrtBackend,
+    OrtDecoder,
+    OrtGraph,
+    create_session,
+    products_saturate,
+    translated,
+)
 from runtime.bundle import Bundle
 from runtime.errors import BackendError
 
@@ -76,11 +84,18 @@ def watched_session(forms: Sequence[Form], taps: Collection[str], threads: int |
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in taps if name not in given)
         try:
             with translated(f"load {model.graph.name}", "export the bundle again, or install a newer onnxruntime"):
-                return create_session(model.SerializeToString(), "cpu", threads, {FOLDER: str(folder)})
+                entries = {FOLDER: str(folder), **exact_entries(model)}
+                return create_session(model.SerializeToString(), "cpu", threads, entries)
         except BackendError as error:
             if form is forms[-1] or "opset" not in str(error.__cause__).lower():
                 raise
     raise AssertionError("a stage has at least one form")
+
+
+def exact_entries(model: onnx.ModelProto) -> dict[str, str]:
+    """What the runtime sets for W8A8, which alone quantises activations."""
+    narrow = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
+    return dict([EXACT_INT8]) if narrow and products_saturate() else {}
 
 
 def loaded(form: Form) -> tuple[onnx.ModelProto, Path]:

@@ -15,6 +15,7 @@ import onnx_ir as ir
 from calibration.linears import grouped, linears_of
 from calibration.lint import Lint, lint
 from calibration.measure import Examples, Loss, measured
+from calibration.passes import lower_opset
 from calibration.plan import Plan, built, float_graph
 from calibration.report import StageReport
 from calibration.sensitivity import Kept, Target, kept_groups
@@ -60,7 +61,9 @@ class StageWriter:
             return measured(stage, forms, self.examples, self.manifest, self.threads)
 
         def quick(groups: Collection[str]) -> Loss:
-            graph = InMemory(ir.serde.serialize_model(built(plan, groups)).SerializeToString(), plan.source.parent)
+            model = built(plan, groups)
+            lower_opset(model)  # which every ONNX Runtime of ours knows
+            graph = InMemory(ir.serde.serialize_model(model).SerializeToString(), plan.source.parent)
             return measured(stage, [graph], self.examples.few(stage, QUICK), self.manifest, self.threads)
 
         kept = kept_groups(stage, plan.groups, measure, quick, target, self.progress)
@@ -80,7 +83,7 @@ class StageWriter:
         quantized = [name for group in kept.groups for name in names[group]]
         without = [name for name in quantized if plan.blocks and name not in plan.blocks]  # no block divides them
         checks = self.checked(stage, spec, model, [*floats, *without])
-        ratio = size_of(self.draft, spec) / float_size(plan.source, model)
+        ratio = size_of(self.draft, spec) / float_size(plan.source)
         report = StageReport(
             weights="int4" if plan.blocks else "int8",
             activations="float" if plan.blocks else "int8",
@@ -122,9 +125,9 @@ def size_of(folder: Path, spec: StageSpec) -> int:
     return sum(path.stat().st_size for path in files if path.exists())
 
 
-def float_size(source: Path, model: ir.Model) -> int:
+def float_size(source: Path) -> int:
     """Bytes of the float stage's graph, and of all its weights in float32."""
-    tensors = (value.const_value for value in model.graph.initializers.values())
+    tensors = (value.const_value for value in ir.load(source).graph.initializers.values())
     weights = (tensor for tensor in tensors if tensor is not None and tensor.dtype.is_floating_point())
     return source.stat().st_size + sum(4 * tensor.size for tensor in weights)
 

@@ -2,8 +2,10 @@
 
 ONNX Runtime 1.23.0 computes the decode graph wrongly (logits off by several units); 1.23.1 and later do not.
 
-Requires: opset 24. Ensures: opset 23; every TensorScatter is a ScatterElements at explicit rows. All other operators
-the exporter emits mean the same in both opsets, so nothing else changes and weights can be shared.
+Requires: opset 24. Ensures: opset 23; every TensorScatter is a ScatterElements at explicit rows; QuantizeLinear and
+DequantizeLinear without blocks are ONNX Runtime's own of the same name and meaning, for it has kernels for opset 23's
+from 1.24 on only (weights in blocks it fuses before it looks for one). All other operators the exporter emits mean the
+same in both opsets, so nothing else changes and weights can be shared.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ import onnx_ir as ir
 __all__ = ["lower_opset"]
 
 OPSET = 23
+QDQ = ("QuantizeLinear", "DequantizeLinear")
+MICROSOFT = "com.microsoft"
 
 
 def lower_opset(model: ir.Model) -> None:
@@ -20,6 +24,9 @@ def lower_opset(model: ir.Model) -> None:
     for node in list(model.graph):
         if node.op_type == "TensorScatter":
             lower_scatter(model.graph, node)
+        elif node.op_type in QDQ and "block_size" not in node.attributes:
+            node.domain = MICROSOFT
+            model.opset_imports[MICROSOFT] = 1
     model.opset_imports[""] = OPSET
     for function in model.functions.values():
         function.opset_imports[""] = OPSET
