@@ -99,10 +99,9 @@ def collected(
         CalibrationError: no clip could be read, or an activation is not a finite number.
     """
     result = Collected({stage: observers_of(bundle, stage) for stage in stages})
-    outputs = {name: [spec.name for spec in stage.outputs] for name, stage in bundle.manifest.stages.items()}
-    watcher = Watcher(result, {**outputs, "decode": ["logits"]})
+    watcher = Watcher(result)
     taps = {stage: list(observers) for stage, observers in result.observers.items()}
-    backend = WatchingBackend(bundle, taps, watcher.look, threads)
+    backend = WatchingBackend(bundle, taps, watcher.look, threads, watcher.done)
     with VideoQA.over(bundle, backend) as qa:
 
         def play(part: Sequence[Clip], *, record: bool) -> list[Clip]:
@@ -139,10 +138,8 @@ def observers_of(bundle: Bundle, stage: str) -> dict[str, Observer]:
 class Watcher:
     """Hands what a stage computed to observers, or to the recorder."""
 
-    def __init__(self, result: Collected, outputs: Mapping[str, Sequence[str]]) -> None:
-        """``outputs`` of a stage are recorded; the LLM's cache is not."""
+    def __init__(self, result: Collected) -> None:
         self.result = result
-        self.outputs = outputs
         self.clip = ""
         self.record = False
 
@@ -151,9 +148,8 @@ class Watcher:
         self.clip, self.record = clip.name, record
 
     def look(self, stage: str, feeds: Mapping[str, Array], values: Mapping[str, Array]) -> None:
-        """One run of a stage."""
+        """Activations of one run of a stage, or of a part of it."""
         if self.record:
-            self.result.examples.look(stage, feeds, {name: values[name] for name in self.outputs[stage]})
             return
         for name, observer in self.result.observers.get(stage, {}).items():
             observer.add(feeds[name] if name in feeds else values[name])
@@ -162,6 +158,11 @@ class Watcher:
                     f"{stage}: {observer.histogram.not_finite} values of {name} are not finite numbers on clip "
                     f"{self.clip}; the float bundle is damaged or leaves its range, export it again in float32"
                 )
+
+    def done(self, stage: str, feeds: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
+        """What one run of a stage took and gave."""
+        if self.record:
+            self.result.examples.look(stage, feeds, outputs)
 
     def played(self, qa: VideoQA, clip: Clip, questions: Sequence[str], frames: int | None, note: Progress) -> int:
         """Show a clip to the model and ask; how many frames were taken, 0 where it cannot be read."""

@@ -5,7 +5,7 @@ So clips are decoded, sampled, resized, encoded and answered by the runtime's ow
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -47,22 +47,44 @@ Form: TypeAlias = "Path | InMemory"
 
 
 class WatchingBackend(OrtBackend):
-    """ONNX Runtime on the CPU, with activations of every stage among what a run gives to ``look``."""
+    """ONNX Runtime on the CPU, with activations of every stage among what a run gives to ``look``.
 
-    def __init__(self, bundle: Bundle, taps: Mapping[str, Collection[str]], look: Look, threads: int | None) -> None:
-        """``taps`` are names of tensors by stage."""
+    Frames go through vision one group at a time: the activations of a batch would take gigabytes.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        taps: Mapping[str, Collection[str]],
+        look: Look,
+        threads: int | None,
+        done: Look = lambda stage, feeds, outputs: None,
+    ) -> None:
+        """Open nothing yet.
+
+        Args:
+            bundle: a float bundle.
+            taps: names of tensors by stage.
+            look: shown these, as they are computed.
+            threads: compute threads.
+            done: shown what a stage took and gave, without these, when it is finished.
+        """
         super().__init__(bundle, "cpu", threads)
         self.taps = taps
         self.look = look
+        self.done = done
 
     def graph(self, stage: str) -> WatchingGraph:
         """The stage's graph."""
-        return WatchingGraph(self.session(stage), stage, self.look)
+        manifest = self.bundle.manifest
+        outputs = [output.name for output in manifest.stages[stage].outputs]
+        piece = manifest.frames.group if stage == "vision" and self.taps.get(stage) else None
+        return WatchingGraph(self.session(stage), stage, self.look, self.done, outputs, piece)
 
     def decoder(self, capacity: int) -> WatchingDecoder:
         """A decoder with an empty cache of its own."""
         decoder = WatchingDecoder(self.session("decode"), self.bundle.manifest, self.name, capacity)
-        decoder.watch(tuple(self.taps.get("decode", ())), self.look)
+        decoder.watch(tuple(self.taps.get("decode", ())), self.look, self.done)
         return decoder
 
     def session(self, stage: str) -> ort.InferenceSession:
@@ -108,23 +130,48 @@ def loaded(form: Form) -> tuple[onnx.ModelProto, Path]:
 class WatchingGraph(OrtGraph):
     """A stage whose runs are looked at."""
 
-    def __init__(self, session: ort.InferenceSession, stage: str, look: Look) -> None:
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        stage: str,
+        look: Look,
+        done: Look,
+        outputs: Sequence[str],
+        piece: int | None,
+    ) -> None:
+        """``piece`` is how much of the inputs' first axis runs at a time; None for all."""
         super().__init__(session, stage)
-        self.look = look
+        self.look, self.done = look, done
+        self.given, self.piece = outputs, piece
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Inputs by name -> outputs by name, the tapped ones among them."""
-        values = super().run(feeds)
-        self.look(self.stage, feeds, values)
-        return values
+        """Inputs by name -> outputs by name."""
+        found: dict[str, list[Array]] = {name: [] for name in self.given}
+        for part in parts(feeds, self.piece):
+            values = super().run(part)
+            self.look(self.stage, part, values)
+            for name, kept in found.items():
+                kept.append(values[name])
+        outputs = {name: kept[0] if len(kept) == 1 else np.concatenate(kept) for name, kept in found.items()}
+        self.done(self.stage, feeds, outputs)
+        return outputs
+
+
+def parts(feeds: Mapping[str, Array], piece: int | None) -> Iterator[Mapping[str, Array]]:
+    """Inputs cut along their first axis."""
+    if piece is None:
+        yield feeds
+        return
+    for start in range(0, len(next(iter(feeds.values()))), piece):
+        yield {name: value[start : start + piece] for name, value in feeds.items()}
 
 
 class WatchingDecoder(OrtDecoder):
     """The LLM, whose steps are looked at."""
 
-    def watch(self, taps: tuple[str, ...], look: Look) -> None:
+    def watch(self, taps: tuple[str, ...], look: Look, done: Look) -> None:
         """Have the tensors ``taps`` computed with every step."""
-        self.taps, self.look = taps, look
+        self.taps, self.look, self.done = taps, look, done
         self.bind_taps()
 
     def bind_taps(self) -> None:
@@ -138,5 +185,7 @@ class WatchingDecoder(OrtDecoder):
         logits = super().step(embeds, position_ids)
         bound = self.binding.get_outputs()  # in the order of binding: logits, taps, cache
         seen = {name: value.numpy() for name, value in zip(self.taps, bound[1:], strict=False)}
-        self.look("decode", {"inputs_embeds": embeds, "position_ids": position_ids}, {"logits": logits, **seen})
+        feeds: dict[str, Array] = {"inputs_embeds": embeds, "position_ids": position_ids}
+        self.look("decode", feeds, {"logits": logits, **seen})
+        self.done("decode", feeds, {"logits": logits})
         return logits

@@ -84,6 +84,23 @@ def assert_same(found: Array, expected: Array, what: str) -> None:
     assert float(np.abs(found.astype(np.float64) - expected).max()) <= limit, what
 
 
+def joined(runs: list[dict[str, Array]]) -> dict[str, Array]:
+    """Runs of pieces as one run."""
+    return {name: np.concatenate([run[name] for run in runs]) for name in runs[0]}
+
+
+def test_frames_are_watched_one_at_a_time_and_done_with_together(
+    bundle: Bundle, taps: dict[str, list[str]], random: np.random.Generator
+) -> None:
+    looked, done = Seen(), Seen()
+    pixels = random.standard_normal((4, 3, 64, 64)).astype(np.float32)
+    WatchingBackend(bundle, taps, looked.look, 1, done.look).graph("vision").run({"pixel_values": pixels})
+    assert [len(feeds["pixel_values"]) for feeds, _ in looked.runs["vision"]] == [1, 1, 1, 1]
+    ((feeds, outputs),) = done.runs["vision"]
+    assert np.array_equal(feeds["pixel_values"], pixels)
+    assert {name: value.shape for name, value in outputs.items()} == {"tokens": (4, 16, 160)}
+
+
 # --- the whole runtime
 
 
@@ -98,7 +115,7 @@ def test_the_answer_is_the_same_when_it_is_watched(
         plain = qa.ask(frames, QUESTION, options)
     assert (watched.text, watched.token_ids) == (plain.text, plain.token_ids)
     assert {stage: len(runs) for stage, runs in seen.runs.items()} == {
-        "vision": 2,
+        "vision": 8,
         "refine": 1,
         "aggregate": 1,
         "decode": len(plain.token_ids) + (plain.finish_reason == "stop"),
@@ -125,12 +142,14 @@ def test_what_is_seen_of_a_graph_is_what_it_computes(
         found = watching.graph(stage).run(feeds)
         expected = reference(bundle, stage, taps[stage], feeds)
         assert set(taps[stage]) <= set(expected)
+        runs = seen.runs.pop(stage)
+        shown_feeds, shown = (joined([run[side] for run in runs]) for side in (0, 1))
+        assert set(expected) <= set(shown)
         for name, value in expected.items():
-            assert_same(found[name], value, name)
-        shown_feeds, shown = seen.runs[stage][-1]
+            assert_same(shown[name], value, name)
         assert all(np.array_equal(shown_feeds[name], feeds[name]) for name in feeds)
+        assert set(found) == {spec.name for spec in bundle.manifest.stages[stage].outputs}
         assert all(np.array_equal(shown[name], found[name]) for name in found)
-    assert len(seen.runs[stage]) == 2
 
 
 # --- the LLM step by step

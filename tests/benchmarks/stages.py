@@ -1,4 +1,4 @@
-"""``python -m tests.benchmarks.stages [BUNDLE ...] [--video FILE]``: milliseconds per stage, and a second question's cost.
+"""``python -m tests.benchmarks.stages [BUNDLE ...]``: milliseconds per stage, and what a second question costs.
 
 Opens every bundle once and answers about the video a few times in turns after a warm-up; prints medians. The ratio of a
 first to a second question about the same ``Video``, and that of one bundle to another, come from the same run.
