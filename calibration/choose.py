@@ -1,8 +1,9 @@
 """Which threshold and which smoothing an activation gets: those with the smallest error of what its layers make of it.
 
-The error is measured on sampled rows: || quantised(x) quantised(W) - x W || / || x W ||, over all layers that read x
-together. Of the smoothings the best is found with the plainest threshold; then every threshold is tried with it and
-without any.
+The error is || quantised(x) quantised(W) - x W || / || x W ||, over all layers that read x together, on rows drawn
+evenly from all, and on the loudest: to clip them looks cheap on average and ruins the few tokens they belong to. The
+larger of the two counts. Of the smoothings the best is found with the plainest threshold; then every threshold is tried
+with it and without any.
 """
 
 from __future__ import annotations
@@ -91,10 +92,9 @@ class Trial:
 
     def __init__(self, observer: Observer, weights: Sequence[Floats]) -> None:
         self.observer = observer
-        self.rows = observer.sample  # (R, K)
         self.weight = np.concatenate(weights, axis=1)  # (K, n): errors are those of all layers together
-        self.wanted = self.rows @ self.weight
-        self.norm = norm(self.wanted) or 1.0
+        self.rows = (observer.sample, observer.loud)  # (R, K) each
+        self.wanted = [rows @ self.weight for rows in self.rows]
         self.quantized: dict[bytes, Floats] = {}
 
     def candidates(self, exponents: Exponents, method: Choice) -> list[Candidate]:
@@ -111,18 +111,25 @@ class Trial:
         histogram = self.observer.histogram
         if exponents.any():
             histogram = Histogram()
-            histogram.add(np.ldexp(self.rows, -exponents.astype(np.int32)))
+            histogram.add(np.ldexp(self.observer.sample, -exponents.astype(np.int32)))
         found = dict(thresholds(histogram)) if method == "auto" else {str(method): threshold(histogram, method)}
         if "minmax" in found:
             found["minmax"] = self.largest(exponents)
         return {name: max(value, LEAST_SCALE * LEVELS) for name, value in found.items()}
 
     def error(self, exponents: Exponents, limit: float) -> float:
-        """Relative error of the layers' outputs."""
-        shift = exponents.astype(np.int32)
+        """Relative error of the layers' outputs, on the evenly drawn rows or on the loudest, whichever is larger."""
+        errors = [
+            norm(self.narrowed(rows, exponents, limit) @ self.narrow(exponents) - wanted) / (norm(wanted) or 1.0)
+            for rows, wanted in zip(self.rows, self.wanted, strict=True)
+        ]
+        return max(errors)
+
+    def narrowed(self, rows: Floats, exponents: Exponents, limit: float) -> Floats:
+        """Smoothed rows after a round trip through 8 bits."""
         scale = np.float32(limit / LEVELS)
-        rows = np.rint(np.ldexp(self.rows, -shift) / scale).clip(-LEVELS - 1, LEVELS) * scale
-        return norm(rows @ self.narrow(exponents) - self.wanted) / self.norm
+        found: Floats = np.rint(np.ldexp(rows, -exponents.astype(np.int32)) / scale).clip(-LEVELS - 1, LEVELS) * scale
+        return found
 
     def narrow(self, exponents: Exponents) -> Floats:
         """The smoothed weight after a round trip through 8 bits."""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from calibration.observe import SAMPLE, Observer
+from calibration.observe import LOUD, SAMPLE, Observer
 
 Floats = NDArray[np.float32]
 
@@ -108,3 +108,14 @@ def test_the_sample_is_the_observers_own(random: np.random.Generator) -> None:
     before = observer.sample.copy()
     rows[:] = 7
     np.testing.assert_array_equal(observer.sample, before)
+
+
+def test_the_loudest_rows_are_kept_whatever_the_pieces(random: np.random.Generator) -> None:
+    rows = random.standard_t(2, (3000, 24)).astype(np.float32)
+    whole, pieces = Observer("x"), Observer("x")
+    whole.add(rows)
+    for piece in np.split(rows, [7, 8, 1000, 2500]):
+        pieces.add(piece)
+    loudest = rows[np.argsort(-np.abs(rows).max(axis=1), kind="stable")[:LOUD]]
+    assert np.array_equal(whole.loud, loudest)
+    assert np.array_equal(pieces.loud, loudest)
