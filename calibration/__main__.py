@@ -23,7 +23,7 @@ REQUIRED = ("onnx", "onnx_ir", "ml_dtypes", "safetensors", "tqdm")
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = Parser(PROGRAM, description="Quantise a bundle to INT8 or INT4 with scales from video clips.")
-    parser.add_argument("bundle", help="float bundle folder, or demo")
+    parser.add_argument("bundle", help="float bundle folder, or demo-float")
     parser.add_argument("clips", type=Path, help="folder of videos, a video, or a .txt list of paths")
     parser.add_argument("-o", "--output", required=True, type=Path, metavar="BUNDLE", help="folder to write")
     parser.add_argument(

@@ -82,7 +82,7 @@ def check_source(bundle: Bundle) -> None:
         if stage.quantized:
             raise CalibrationError(
                 f"{bundle.folder} is quantised already ({name}: {stage.quantized.weights}); give the float bundle it "
-                "was made of"
+                "was made of (demo-float for the demo)"
             )
         if stage.compute == "bfloat16":
             raise CalibrationError(
@@ -151,11 +151,6 @@ class Run:
         spec = self.bundle.manifest.stages[stage]
         given = table.stages[stage].tensors if table and stage in table.stages else {}
         narrow = stage == "decode" and self.options.decode == "int4"
-        if unknown := sorted(set(given) - set(found.observers[stage])):
-            raise CalibrationError(
-                f"{self.options.scales} has a scale for {unknown[0]!r:.80}, which is none of the "
-                f"{len(found.observers[stage])} activations of the stage {stage}; remove the entry or calibrate again"
-            )
         if narrow and given:
             self.note(
                 f"{stage}: weights of 4 bits are chosen anew; the scale table's {len(given)} entries are not used"
@@ -261,13 +256,13 @@ class Run:
         with written(self.draft):
             (self.draft / MANIFEST).unlink(missing_ok=True)
         source = self.bundle.manifest
-        made = {f"quantized.{name}": version for name, version in versions().items()}
+        made_with = ", ".join(f"{name} {version}" for name, version in versions().items())
         manifest = msgspec.structs.replace(
             source,
             format_version=FORMAT_VERSION,
             stages={**source.stages, **{stage: spec for stage, (spec, _) in stages.items()}},
             files=file_specs(self.draft),
-            provenance={**source.provenance, "quantized_from": self.bundle.identity, **made},
+            provenance={**source.provenance, "quantized_from": self.bundle.identity, "quantized_with": made_with},
         )
         replace_file(self.draft / MANIFEST, encode_manifest(manifest))
 

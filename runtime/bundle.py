@@ -22,11 +22,12 @@ from runtime.errors import BundleError
 from runtime.external_data import external_files
 from runtime.manifest import JSON_ERRORS, FileSpec, Manifest, decode_manifest
 
-__all__ = ["DEMO", "MANIFEST", "Bundle", "bundle_path", "sha256_of"]
+__all__ = ["DEMO", "DEMOS", "MANIFEST", "Bundle", "bundle_path", "sha256_of"]
 
 MANIFEST = "bundle.json"
 EVIDENCE = "evidence.json"
 DEMO = "demo"
+DEMOS = {DEMO: "bundle", "demo-float": "float"}  # the demo quantised, and what it was made of: folders of runtime/demo
 MAX_MANIFEST_BYTES = 16 * 2**20
 
 Stamp = tuple[int, int, int]  # size in bytes, inode, change time in ns
@@ -46,7 +47,7 @@ class Bundle:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, verify: bool = False) -> Bundle:
-        """Read and check the bundle at ``path``; the word "demo" names the bundled demo.
+        """Read and check the bundle at ``path``; the words "demo" and "demo-float" name the bundled demo.
 
         Args:
             path: the bundle's folder.
@@ -80,12 +81,11 @@ class Bundle:
 
 
 def bundle_path(path: str | os.PathLike[str]) -> Path:
-    """The folder that ``path`` names; "demo" is the demo that ships with the package."""
+    """The folder that ``path`` names; the words in ``DEMOS`` are the demo that ships with the package."""
     if not isinstance(path, str | os.PathLike) or not os.fspath(path) or "\0" in str(path):
         raise BundleError(f"the bundle is {path!r:.80}; expected the path of a bundle's folder, or 'demo'")
-    if os.fspath(path) == DEMO:
-        return Path(__file__).parent / "demo" / "bundle"
-    return Path(path)
+    demo = DEMOS.get(str(os.fspath(path)))
+    return Path(__file__).parent / "demo" / demo if demo else Path(path)
 
 
 def read_manifest(folder: Path) -> bytes:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.answer import Answer
-from runtime.bundle import DEMO
+from runtime.bundle import DEMO, DEMOS
 from runtime.cli import Parser, add_backend_options, ascii_json, guarded, printable
 from runtime.engine import VideoQA
 from runtime.options import GenerationOptions
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
 def parse(argv: list[str] | None) -> RunConfig:
     """Command line -> configuration."""
     parser = Parser(PROGRAM, description="Answer a question about a video, or pictures, with an exported bundle.")
-    parser.add_argument("bundle", nargs="?", default=DEMO, help="bundle folder, or demo (default)")
+    parser.add_argument("bundle", nargs="?", default=DEMO, help="bundle folder, demo (default) or demo-float")
     parser.add_argument("video", nargs="?", help="video file or folder of images; default: the bundled sample")
     parser.add_argument("question", nargs="?", help="plain text")
     parser.add_argument(
@@ -74,7 +74,7 @@ def check_positionals(parser: argparse.ArgumentParser, arguments: argparse.Names
         arguments.question, arguments.video = arguments.video, None
     elif arguments.video is not None and arguments.question is None:
         parser.error("a VIDEO needs a QUESTION, as in: BUNDLE VIDEO QUESTION, where BUNDLE may be demo")
-    elif arguments.video is None and arguments.bundle != DEMO:
+    elif arguments.video is None and arguments.bundle not in DEMOS:
         parser.error("a BUNDLE needs a VIDEO and a QUESTION")
 
 

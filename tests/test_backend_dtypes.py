@@ -17,7 +17,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from runtime.backend_ort import ANSWER_ROOM, CACHE_BLOCK, CAST_LIMIT, OrtDecoder, check_tensors, create_session
-from runtime.bundle import DEMO, bundle_path
+from runtime.bundle import bundle_path
 from runtime.errors import BackendError
 from runtime.manifest import Manifest, StageSpec, TensorSpec
 
@@ -174,6 +174,6 @@ def test_a_cache_of_another_kind_is_refused_in_one_line(session: ort.InferenceSe
 
 
 def test_weights_of_more_than_a_gibibyte_are_cast_while_loading() -> None:
-    session = create_session(bundle_path(DEMO) / "aggregate.onnx", "cpu", 1)
+    session = create_session(bundle_path("demo-float") / "aggregate.onnx", "cpu", 1)
     entry = session.get_session_options().get_session_config_entry(CAST_LIMIT[0])
     assert int(entry) > 152064 * 8192 * 4  # bytes of the largest head that is published: Qwen2-72B's

@@ -71,7 +71,7 @@ def made(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
     def quantised(**options: Any) -> Path:
         chosen = QuantizeOptions(**options)
         if chosen not in done:
-            done[chosen] = quantized_bundle("demo", clips, tmp_path_factory.mktemp("made") / "bundle", chosen)
+            done[chosen] = quantized_bundle("demo-float", clips, tmp_path_factory.mktemp("made") / "bundle", chosen)
         return done[chosen]
 
     return quantised
@@ -107,7 +107,7 @@ def contents(bundle: Path) -> dict[str, bytes]:
 
 def float32_bytes(stage: str) -> int:
     """What the demo's float stage would take with all weights in float32, its graph aside."""
-    model = onnx.load(str(Bundle.open("demo").path(f"{stage}.onnx")), load_external_data=False)
+    model = onnx.load(str(Bundle.open("demo-float").path(f"{stage}.onnx")), load_external_data=False)
     kinds = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
     return sum(4 * int(np.prod(tensor.dims)) for tensor in model.graph.initializer if tensor.data_type in kinds)
 
@@ -130,7 +130,7 @@ def weight_types(bundle: Path, stage: str) -> set[int]:
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_the_quantised_demo_says_what_the_float_demo_says(made: Made, precision: str) -> None:
-    assert sample_answers(made(precision=precision)) == sample_answers("demo")
+    assert sample_answers(made(precision=precision)) == sample_answers("demo-float")
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_every_stage_is_stored_as_asked_and_small(
 def test_the_sizes_that_are_told_are_those_on_disk(made: Made) -> None:
     for stage, spec in manifest_of(made()).stages.items():
         assert spec.quantized is not None
-        graph = Bundle.open("demo").path(f"{stage}.onnx").stat().st_size
+        graph = Bundle.open("demo-float").path(f"{stage}.onnx").stat().st_size
         share = stored_bytes(made(), stage) / (float32_bytes(stage) + graph)
         assert spec.quantized.size_ratio == pytest.approx(share, abs=6e-5)
 
@@ -171,7 +171,7 @@ def test_tokens_stay_close_on_pictures_that_nothing_was_calibrated_on(made: Made
     scene = random_scene(np.random.default_rng(99), glyphs("test"))
     write(tmp_path / "unseen.mp4", render(scene, glyphs("test"), middle_times(32), 256), fps=8)
     found = []
-    for path in ("demo", made()):
+    for path in ("demo-float", made()):
         seen: dict[str, Any] = {}
         found.append(seen)
         bundle = Bundle.open(path)
@@ -197,10 +197,10 @@ def test_the_manifest_tells_the_loss_and_lists_the_evidence(made: Made, options:
     assert manifest.files.keys() >= {REPORT, SCALES}
     assert EVIDENCE not in manifest.files  # that of the float bundle
     assert {path.name for path in bundle.iterdir()} == {*manifest.files, "bundle.json"}
-    assert manifest.provenance["quantized_from"] == Bundle.open("demo").identity
-    assert manifest.provenance.items() >= manifest_of("demo").provenance.items()
+    assert manifest.provenance["quantized_from"] == Bundle.open("demo-float").identity
+    assert manifest.provenance.items() >= manifest_of("demo-float").provenance.items()
     with VideoQA.open(bundle, verify=True) as qa:
-        assert qa.bundle.manifest.prompt == manifest_of("demo").prompt
+        assert qa.bundle.manifest.prompt == manifest_of("demo-float").prompt
 
 
 def test_the_report_says_which_clips_calibrated_and_which_measured(made: Made) -> None:
@@ -209,8 +209,8 @@ def test_the_report_says_which_clips_calibrated_and_which_measured(made: Made) -
     assert len(report.measured_on) == 2 and not set(calibrated) & set(report.measured_on) and report.held_out
     assert len({*calibrated, *report.measured_on}) == SCENES + 1 == report.calibrated_on + 2
     assert report.skipped == {} and report.accuracy is None
-    assert all(clip.frames == manifest_of("demo").frames.default for clip in table.clips)
-    assert report.source == Bundle.open("demo").identity
+    assert all(clip.frames == manifest_of("demo-float").frames.default for clip in table.clips)
+    assert report.source == Bundle.open("demo-float").identity
 
 
 @pytest.mark.parametrize("method", ["minmax", "percentile", "entropy", "mse"])
@@ -224,18 +224,18 @@ def test_a_method_that_is_asked_for_chooses_every_threshold(made: Made, method: 
 
 
 def test_an_embedding_table_in_8_bits_and_a_float_llm(made: Made) -> None:
-    bundle, source = made(llm="float", embedding="int8"), Bundle.open("demo")
+    bundle, source = made(llm="float", embedding="int8"), Bundle.open("demo-float")
     name = "embedding.safetensors"
     assert (bundle / name).stat().st_size < 0.55 * source.path(name).stat().st_size
     assert manifest_of(bundle).stages["decode"] == source.manifest.stages["decode"]
     for file in ("decode.onnx", "decode.onnx.data", "decode.opset23.onnx"):
         assert (bundle / file).read_bytes() == source.path(file).read_bytes()
-    assert sample_answers(bundle) == sample_answers("demo")
+    assert sample_answers(bundle) == sample_answers("demo-float")
 
 
 def test_the_float_bundle_is_left_as_it_was(made: Made) -> None:
     made()
-    with VideoQA.open("demo", verify=True) as qa:
+    with VideoQA.open("demo-float", verify=True) as qa:
         assert all(stage.quantized is None for stage in qa.bundle.manifest.stages.values())
 
 
@@ -243,7 +243,7 @@ def test_the_float_bundle_is_left_as_it_was(made: Made) -> None:
 
 
 def test_a_second_run_writes_the_same_bytes(made: Made, clips: Path, tmp_path: Path) -> None:
-    again = quantized_bundle("demo", clips, tmp_path / "again", QuantizeOptions(**FAST))
+    again = quantized_bundle("demo-float", clips, tmp_path / "again", QuantizeOptions(**FAST))
     first, second = contents(made(**FAST)), contents(again)
     assert first.keys() == second.keys()
     assert [name for name in first if first[name] != second[name]] == []
@@ -261,7 +261,7 @@ def test_a_table_gives_its_graphs_again_and_an_edit_of_it_shows(made: Made, clip
     table.stages["vision"].tensors[name] = edited
     (tmp_path / "table.json").write_bytes(encode_table(table))
     options = QuantizeOptions(method="minmax", scales=tmp_path / "table.json", min_cosine=0)
-    again = quantized_bundle("demo", clips, tmp_path / "again", options)
+    again = quantized_bundle("demo-float", clips, tmp_path / "again", options)
     first, second = contents(made()), contents(again)
     differing = {file for file in first if ".onnx" in file and first[file] != second[file]}
     assert differing == {"vision.onnx", "vision.opset23.onnx"}
@@ -278,7 +278,7 @@ def test_answers_are_counted_as_a_user_would_get_them(made: Made, clips: Path) -
     bundle = made(**FAST, llm="float", questions=questions, max_drop=50.0)
     lines = [json.loads(line) for line in questions.read_text().splitlines()]
     right = []
-    for path in ("demo", bundle):
+    for path in ("demo-float", bundle):
         with VideoQA.open(path) as qa:
             seen = {name: qa.video(clips / name) for name in {line["clip"] for line in lines}}
             told = [qa.ask(seen[line["clip"]], line["question"]).text for line in lines]
@@ -292,10 +292,10 @@ def test_answers_are_counted_as_a_user_would_get_them(made: Made, clips: Path) -
 
 def test_a_bundle_that_draws_its_answers_is_compared_by_the_likeliest(clips: Path, tmp_path: Path) -> None:
     drawing = replaced("generation", {"do_sample": True, "temperature": 50.0, "max_new_tokens": 24})
-    bundle = forge(Bundle.open("demo").folder, tmp_path / "bundle", edit=drawing)
+    bundle = forge(Bundle.open("demo-float").folder, tmp_path / "bundle", edit=drawing)
     labelled = questions_from(clips / "questions.jsonl").labelled[:12]
     right = []
-    for path in ("demo", bundle):
+    for path in ("demo-float", bundle):
         with VideoQA.open(path) as qa:
             paths = {f"{index}.mp4": clips / f"{index}.mp4" for index in range(SCENES)}
             right.append(right_answers(qa, paths, labelled, None, lambda step: None))
@@ -315,7 +315,7 @@ def test_the_command_runs_without_torch_and_says_each_step_once(tmp_path: Path) 
         "sys.exit(main(sys.argv[1:]))"
     )
     options = ["--llm", "float", "--method", "minmax", "--min-cosine", "0.9", "--threads", "1"]
-    words = [sys.executable, "-c", code, "demo", str(folder), "-o", str(tmp_path / "out"), *options]
+    words = [sys.executable, "-c", code, "demo-float", str(folder), "-o", str(tmp_path / "out"), *options]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
     lines = done.stderr.splitlines()
@@ -333,7 +333,7 @@ def test_the_command_runs_without_torch_and_says_each_step_once(tmp_path: Path) 
 
 
 def test_force_replaces_a_bundle_even_the_float_one_itself(made: Made, clips: Path, tmp_path: Path) -> None:
-    target = forge(Bundle.open("demo").folder, tmp_path / "bundle")
+    target = forge(Bundle.open("demo-float").folder, tmp_path / "bundle")
     options = ["--llm", "float", "--method", "minmax", "--min-cosine", "0.9", "--force"]
     assert main([str(target), str(clips / "sample.mp4"), "-o", str(target), *options]) == 0
     assert manifest_of(target).stages["vision"].quantized

@@ -56,12 +56,12 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quantized(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo, quantised."""
     options = QuantizeOptions(llm="float", method="minmax", frames=4, min_cosine=0.9)
-    return quantized_bundle("demo", clips, tmp_path_factory.mktemp("quantized") / "bundle", options)
+    return quantized_bundle("demo-float", clips, tmp_path_factory.mktemp("quantized") / "bundle", options)
 
 
 def edited(target: Path, stage: str, edits: dict[str, Edit]) -> Path:
     """The demo with some of a stage's weights changed."""
-    source = Bundle.open("demo")
+    source = Bundle.open("demo-float")
     graph = onnx.load(str(source.path(f"{stage}.onnx")), load_external_data=False).graph
     data = bytearray(source.path(f"{stage}.onnx.data").read_bytes())
     tensors = {tensor.name: tensor for tensor in graph.initializer}
@@ -93,7 +93,7 @@ def all_below(folder: Path) -> dict[str, float]:
 
 
 def failure(
-    capfd: Captured, tmp_path: Path, clips: Path, *arguments: str, bundle: Path | str = "demo", code: int = 1
+    capfd: Captured, tmp_path: Path, clips: Path, *arguments: str, bundle: Path | str = "demo-float", code: int = 1
 ) -> str:
     """The one line, below those of steps, with which the command ends; nothing on disk has changed."""
     before = all_below(tmp_path)
@@ -138,7 +138,9 @@ def test_options_of_no_kind_are_refused_from_python_too(name: str) -> None:
         QuantizeOptions(**values)
 
 
-@pytest.mark.parametrize("arguments", [[], ["demo", "clips"], ["demo", "clips", "-o", "out", "--block-size", "8"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["demo-float", "clips"], ["demo-float", "clips", "-o", "out", "--block-size", "8"]]
+)
 def test_wrong_usage_is_exit_code_2(capfd: Captured, arguments: list[str]) -> None:
     assert "see linvt-calibrate --help" in refused(capfd, arguments, 2, main)
 
@@ -179,7 +181,7 @@ def test_a_bundle_that_is_quantised_already(capfd: Captured, tmp_path: Path, cli
 
 def test_a_bundle_that_the_cpu_cannot_run(capfd: Captured, tmp_path: Path, clips: Path) -> None:
     wide: Callable[[dict[str, Any]], None] = lambda found: found["stages"]["decode"].update(compute="bfloat16")  # noqa: E731
-    bundle = forge(Bundle.open("demo").folder, tmp_path / "bundle", edit=wide)
+    bundle = forge(Bundle.open("demo-float").folder, tmp_path / "bundle", edit=wide)
     assert "decode computes in bfloat16, which the CPU cannot run" in failure(capfd, tmp_path, clips, bundle=bundle)
 
 
@@ -197,7 +199,9 @@ def test_a_table_of_another_model_or_with_entries_that_do_not_fit(
 
     assert "was made for other weights of the stage 'vision'" in said(lambda stage: stage.update(weights="0" * 64))
     assert f"smooths {name} with 1 exponents" in said(lambda stage: stage["tensors"][name].update(smooth=[1]))
-    assert "a scale for 'no_such', which is none of the" in said(lambda stage: stage["tensors"].update(no_such=entry))
+    assert "an entry for 'no_such', which no layer of vision.onnx reads" in said(
+        lambda stage: stage["tensors"].update(no_such=entry)
+    )
     assert "threshold" in said(lambda stage: stage["tensors"][name].update(threshold=-1.0))
 
 
@@ -248,7 +252,7 @@ def test_clips_that_cannot_be_read_are_passed_over(
     for number in range(4):  # of which the third measures
         path = folder / f"{number}.mp4"
         path.write_bytes((clips / "0.mp4").read_bytes() if number not in unreadable else b"no video")
-    assert main(["demo", str(folder), "-o", str(tmp_path / "out"), *QUICK, "--min-cosine", "0.9"]) == 0
+    assert main(["demo-float", str(folder), "-o", str(tmp_path / "out"), *QUICK, "--min-cosine", "0.9"]) == 0
     notes = [line for line in capfd.readouterr().err.splitlines() if line.startswith("skipped ")]
     assert [note.split(":")[0] for note in notes] == [f"skipped {number}.mp4" for number in sorted(unreadable)]
     report = msgspec.json.decode((tmp_path / "out" / REPORT).read_bytes(), type=Report)
@@ -264,7 +268,7 @@ def test_a_clip_that_breaks_half_way_is_passed_over_and_one_of_one_frame_is_not(
     folder.mkdir()
     damaged(folder / "damaged.mp4")
     write_video(folder / "single.mp4", frames=1, size=(64, 64))
-    assert main(["demo", str(folder), "-o", str(tmp_path / "out"), *QUICK, "--min-cosine", "0.9"]) == 0
+    assert main(["demo-float", str(folder), "-o", str(tmp_path / "out"), *QUICK, "--min-cosine", "0.9"]) == 0
     assert "skipped damaged.mp4: damaged.mp4: the frame at 7." in capfd.readouterr().err
     report = msgspec.json.decode((tmp_path / "out" / REPORT).read_bytes(), type=Report)
     assert (report.calibrated_on, report.measured_on) == (1, ("single.mp4",))
@@ -385,7 +389,7 @@ def test_a_target_of_nothing_holds_always(tmp_path: Path, clips: Path, outlier: 
 
 def test_the_margin_tightens_worth_with_the_cosine(tmp_path: Path) -> None:
     options = QuantizeOptions(min_cosine=0.99, min_cosine_llm=None)
-    run = calibration.quantize.Run(Bundle.open("demo"), tmp_path, options, (), questions_from(None), str, str)  # type: ignore[arg-type]
+    run = calibration.quantize.Run(Bundle.open("demo-float"), tmp_path, options, (), questions_from(None), str, str)  # type: ignore[arg-type]
     targets = [run.target("refine", margin) for margin in (1, 0.1)]
     assert [target.cosine for target in targets] == pytest.approx([0.99, 0.999])
     assert [target.worth for target in targets] == pytest.approx([0.9, 0.99])
@@ -463,7 +467,7 @@ def test_a_signal_leaves_the_old_bundle_and_no_draft(
     forge(quantized, tmp_path / "out")
     before = all_below(tmp_path)
     process = subprocess.Popen(
-        [sys.executable, "-m", "calibration", "demo", str(clips), "-o", str(tmp_path / "out"), "--force"],
+        [sys.executable, "-m", "calibration", "demo-float", str(clips), "-o", str(tmp_path / "out"), "--force"],
         cwd=ROOT,
         stderr=subprocess.PIPE,
         text=True,

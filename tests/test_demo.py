@@ -15,7 +15,7 @@ from export.demo.questions import ask
 from export.demo.sample import QUESTIONS
 from export.demo.scenes import random_scene
 from runtime import VideoQA
-from runtime.bundle import Bundle
+from runtime.bundle import DEMOS, Bundle
 from runtime.inspect import read_evidence
 from runtime.run import SAMPLE, SAMPLE_QUESTION, main
 from tests.test_light import answered_without_heavy_packages
@@ -33,9 +33,12 @@ def test_without_arguments_it_answers_rightly_about_its_sample(capsys: pytest.Ca
     assert "first token" in errors
 
 
+@pytest.mark.parametrize("bundle", DEMOS)
 @pytest.mark.parametrize("question", QUESTIONS)
-def test_the_sample_s_other_questions_are_answered_rightly(question: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["demo", str(SAMPLE), question, "--json"]) == 0
+def test_the_sample_s_other_questions_are_answered_rightly(
+    question: str, bundle: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([bundle, str(SAMPLE), question, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["answer"] == QUESTIONS[question]
 
 
@@ -43,30 +46,45 @@ def test_the_demo_answers_where_torch_transformers_and_onnx_cannot_be_imported()
     assert answered_without_heavy_packages("demo", str(SAMPLE), "How many digits are there?") == "3"
 
 
-def test_bundle_and_sample_stay_small() -> None:
-    files = Bundle.open("demo", verify=True).manifest.files
-    assert sum(spec.size for spec in files.values()) <= 10_000_000
+def test_bundles_and_sample_stay_small() -> None:
+    sizes = {}
+    for name in DEMOS:
+        files = Bundle.open(name, verify=True).manifest.files
+        sizes[name] = sum(spec.size for spec in files.values())
+    assert sizes["demo"] <= 5_000_000 < sizes["demo-float"] <= 10_000_000
     assert SAMPLE.stat().st_size <= 200_000
 
 
-def test_the_bundle_carries_the_proof_that_it_is_its_checkpoint() -> None:
-    bundle = Bundle.open("demo")
+def test_the_demo_is_the_float_one_quantised() -> None:
+    manifest, source = (Bundle.open(name) for name in DEMOS)
+    assert manifest.manifest.provenance["quantized_from"] == source.identity
+    for stage, spec in manifest.manifest.stages.items():
+        assert spec.quantized and (spec.quantized.weights, spec.quantized.floats) == ("int8", ()), stage
+        assert spec.quantized.cosine >= (0.99 if stage == "decode" else 0.999)
+        assert spec.quantized.size_ratio <= 0.3
+
+
+@pytest.mark.parametrize("name", DEMOS)
+def test_the_bundles_carry_the_proof_that_they_are_the_checkpoint_s(name: str) -> None:
+    bundle = Bundle.open(name)
     evidence = read_evidence(bundle)
     assert evidence is not None
     assert evidence["passed"]
     assert evidence["bundle"] == bundle.identity
 
 
-def test_the_shipped_checkpoint_is_the_bundle_s(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("name", DEMOS)
+def test_the_shipped_checkpoint_is_the_bundles_own(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     question = "What colour is the 8?"
-    assert compare(["demo", str(CHECKPOINT), "--video", str(SAMPLE), "--question", question, "--no-evidence"]) == 0
+    assert compare([name, str(CHECKPOINT), "--video", str(SAMPLE), "--question", question, "--no-evidence"]) == 0
     assert "agrees with PyTorch" in capsys.readouterr().out
 
 
-def test_it_answers_most_questions_about_drawings_it_never_saw(random: np.random.Generator) -> None:
+@pytest.mark.parametrize("name", DEMOS)
+def test_it_answers_most_questions_about_drawings_it_never_saw(name: str, random: np.random.Generator) -> None:
     """A small sample of what ``export.demo.evaluate`` measures; chance is below a third."""
     right = asked = 0
-    with VideoQA.open("demo") as qa:
+    with VideoQA.open(name) as qa:
         for _ in range(SCENES):
             scene = random_scene(random, glyphs("test"))
             video = qa.video(film(scene, glyphs("test")), frames=8)

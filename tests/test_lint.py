@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from calibration.lint import Lint, lint
 
-DEMO = sorted((Path(__file__).parent.parent / "runtime" / "demo" / "bundle").glob("*.onnx"))
+DEMO = sorted((Path(__file__).parent.parent / "runtime" / "demo" / "float").glob("*.onnx"))
 
 Edit = Callable[[ir.Model, np.random.Generator], object]
 

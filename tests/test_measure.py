@@ -27,7 +27,7 @@ CLIPS = 2
 
 @pytest.fixture(scope="module")
 def bundle() -> Bundle:
-    return Bundle.open("demo")
+    return Bundle.open("demo-float")
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ from tests.test_insert import assert_near, columns_round_trip, engine, fused, ro
 from tests.test_linears import assert_same_bits, normal, typed
 from tests.test_lower_opset import random_feeds
 
-DEMO = Bundle.open("demo")
+DEMO = Bundle.open("demo-float")
 STAGES = ["vision", "refine", "aggregate", "decode"]
 
 Exponents = NDArray[np.int8]

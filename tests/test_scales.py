@@ -33,7 +33,7 @@ CHANNELS = 896
 
 @pytest.fixture(scope="module")
 def bundle() -> Bundle:
-    return Bundle.open("demo")
+    return Bundle.open("demo-float")
 
 
 def scale_of(random: np.random.Generator, channels: int = 0) -> TensorScale:

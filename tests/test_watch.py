@@ -41,7 +41,7 @@ class Seen:
 
 @pytest.fixture(scope="module")
 def bundle() -> Bundle:
-    return Bundle.open("demo")
+    return Bundle.open("demo-float")
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ SIZE, FRAMES, RATE = 128, 24, 8
 
 
 def main() -> None:
-    bundle = sys.argv[1] if len(sys.argv) > 1 else "demo"
+    bundle = sys.argv[1] if len(sys.argv) > 1 else "demo-float"
     peaks = {}
     with tempfile.TemporaryDirectory() as place:
         originals = [encode(Path(place) / f"{number}.mp4", number) for number in range(CLIPS)]
