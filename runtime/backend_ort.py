@@ -44,6 +44,7 @@ CAST_LIMIT = ("optimization.constant_folding_max_output_size_in_bytes", str(2**3
 # which is right, and half as fast where VNNI is. ONNX Runtime 1.32 breaks 8-bit weights in blocks by it.
 EXACT_INT8 = ("session.x64quantprecision", "1")
 VNNI = {"avx512_vnni", "avx_vnni"}  # as Linux calls them
+CPUINFO = Path("/proc/cpuinfo")
 # Of the KV cache: its number in ONNX, and what holds it here. NumPy has no bfloat16, whose zero is 16 zero bits too.
 CACHE_DTYPES: dict[str, tuple[int, np.dtype[Any]]] = {
     "float32": (1, np.dtype(np.float32)),
@@ -142,7 +143,7 @@ def products_saturate() -> bool:
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return False
     try:
-        flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text("utf-8"), re.MULTILINE)
+        flags = re.search(r"^flags\s*:(.*)$", CPUINFO.read_text("utf-8"), re.MULTILINE)
     except OSError:
         return True
     return flags is None or VNNI.isdisjoint(flags[1].split())
