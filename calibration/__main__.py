@@ -12,7 +12,7 @@ from runtime.cli import Parser, guarded
 from runtime.errors import DependencyError
 
 if TYPE_CHECKING:
-    from calibration.options import QuantizeOptions
+    from calibration.options import Precision, QuantizeOptions
 
 __all__ = ["add_quantize_options", "main", "quantize_options"]
 
@@ -94,7 +94,7 @@ def quantize(arguments: argparse.Namespace) -> int:
             arguments.bundle,
             arguments.clips,
             arguments.output,
-            quantize_options(arguments),
+            quantize_options(arguments, arguments.precision),
             steps.begin,
             steps.say,
         )
@@ -103,12 +103,12 @@ def quantize(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def quantize_options(arguments: argparse.Namespace) -> QuantizeOptions:
+def quantize_options(arguments: argparse.Namespace, precision: Precision) -> QuantizeOptions:
     """Command line -> configuration."""
     from calibration.options import QuantizeOptions
 
     return QuantizeOptions(
-        precision=arguments.precision,
+        precision=precision,
         llm=arguments.llm,
         embedding=arguments.embedding,
         method=arguments.method,

@@ -127,7 +127,7 @@ def _clips_at(path: Path, name: PurePosixPath, place: str = "") -> list[Clip]:
         if path.suffix.lower() not in VIDEO_SUFFIXES:
             found = "is a single picture" if _is_image(path) else "does not end like a video"
             raise CalibrationError(f"{place}{shown(path)}: {found}; expected {EXPECTED}; rename it or give another")
-        return [Clip(path, str(name))]
+        return [Clip(path, _printable(str(name)))]
 
 
 def _clips_below(root: Path, name: PurePosixPath) -> list[Clip]:
@@ -141,7 +141,13 @@ def _clips_below(root: Path, name: PurePosixPath) -> list[Clip]:
         found += videos
     found.sort(key=lambda path: [natural_key(Path(part)) for part in path.relative_to(root).parts])
     names = [name / path.relative_to(root) for path in found]
-    return [Clip(path, str(at) if at.parts else root.resolve().name) for path, at in zip(found, names, strict=True)]
+    texts = [str(at) if at.parts else root.resolve().name for at in names]
+    return [Clip(path, _printable(text)) for path, text in zip(found, texts, strict=True)]
+
+
+def _printable(name: str) -> str:
+    """A file's name as text that can be written: bytes that are not UTF-8 are escaped."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _folders(root: Path) -> Iterator[Path]:

@@ -50,6 +50,12 @@ class Collected:
     clips: list[ClipRecord] = field(default_factory=list)
     measured: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    asked: dict[str, None] = field(default_factory=dict)  # questions, in order
+
+    @property
+    def held_out(self) -> bool:
+        """Whether no clip of the examples calibrated."""
+        return not {clip.name for clip in self.clips} & set(self.measured)
 
     def told(self, clip: Clip, frames: int, *, record: bool) -> None:
         """A clip was played, to be measured by or to calibrate."""
@@ -174,6 +180,7 @@ class Watcher:
             self.result.skipped[clip.name] = str(error)
             return 0
         for question in questions[:QUESTIONS]:
+            self.result.asked[question] = None
             try:
                 qa.ask(video, question, ANSWER)
             except QuestionError as error:

@@ -18,6 +18,7 @@ __all__ = [
     "Linear",
     "constant",
     "constant_behind",
+    "exempt_weights",
     "floats",
     "fold_constant_products",
     "free_name",
@@ -79,6 +80,22 @@ def linears_of(model: ir.Model) -> dict[str, Linear]:
         uses[stored.name] += 1
         name = f"{stored.name}#{uses[stored.name]}" if uses[stored.name] > 1 else stored.name
         found[name] = Linear(name, node)
+    return found
+
+
+def exempt_weights(model: ir.Model) -> set[str]:
+    """Weights that are no layers on purpose: of convolutions, of small products, and of what engines compute once."""
+    depending = depending_values(model.graph)
+    found = set()
+    for node in model.graph:
+        stored = constant_behind(node.inputs[1]) if len(node.inputs) > 1 else None
+        if stored is None or stored.name is None:
+            continue
+        source = node.inputs[0]
+        free = node.op_type == "MatMul" and (source not in depending or is_vector(source))
+        small = node.op_type in ("MatMul", "Gemm") and not is_large_matrix(stored)
+        if node.op_type == "Conv" or free or small:
+            found.add(stored.name)
     return found
 
 

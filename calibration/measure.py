@@ -32,7 +32,7 @@ TIED = 1e-4  # of the largest score: closer together, no selection is better tha
 
 
 class Loss(msgspec.Struct, frozen=True, kw_only=True):
-    """Distance of a stage's outputs, over all examples: what vision makes of one group of frames, one selection, one
+    """Distance of a stage's outputs, over all examples: vision's on one batch of frames, one selection, one
     question, one step of the LLM.
 
     Attributes:

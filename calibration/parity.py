@@ -51,8 +51,8 @@ TOLERANCES = {
     "float32": Tolerance(),
     "float16": Tolerance(2e-2, 2e-2),
     "bfloat16": Tolerance(1.6e-1, 1.6e-1),
-    "int8": Tolerance(1e-1, 1e-1),
-    "int4": Tolerance(2e-1, 2e-1),
+    "int8": Tolerance(5e-2, 5e-2),
+    "int4": Tolerance(1e-1, 1e-1),
 }
 
 

@@ -21,12 +21,15 @@ from calibration.linears import Linear, fold_constant_products, grouped, linears
 from calibration.observe import Observer
 from calibration.options import QuantizeOptions
 from calibration.scales import TensorScale
-from calibration.smooth import fold_of, put_column_factors, put_factors
+from calibration.smooth import Fold, fold_of, put_column_factors, put_factors
+from calibration.thresholds import METHODS
 from runtime.errors import CalibrationError
 from runtime.manifest import StageSpec
 
 __all__ = ["DTYPES", "Plan", "built", "float_graph", "planned"]
 
+BY_HAND = "by hand"
+LARGEST_SCALE = {"float32": 3e38, "float16": 65504.0}
 SMALLEST_SCALE = 1e-30  # far below any activation that means something, far above float32's subnormals
 DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
 
@@ -112,14 +115,14 @@ def planned(
                 f"activation {name} was 0 on all clips, which gives a scale of 0; calibrate with clips that show "
                 "something, and check the float bundle"
             )
-        smooth = fold_of(linears, layers) is not None
+        smooth = can_fold(fold_of(linears, layers), spec)
         if narrow:
             scales[name], of_layers = chosen_blocks(
                 linears, observers[name], options.block, options.rounding, smooth=smooth
             )
             blocks.update(of_layers)
         elif name in given:
-            scales[name] = checked(given[name], linears[0].shape[0], name, smooth=smooth)
+            scales[name] = checked(given[name], linears[0].shape[0], name, spec, smooth=smooth)
         else:
             scales[name] = chosen_scale(linears, observers[name], options.method, smooth=smooth)
     if narrow and not blocks:
@@ -130,8 +133,23 @@ def planned(
     return Plan(source, spec, scales, blocks)
 
 
-def checked(scale: TensorScale, width: int, name: str, *, smooth: bool) -> TensorScale:
+def can_fold(fold: Fold | None, spec: StageSpec) -> bool:
+    """Whether factors may go there: a feeder's columns, 2^-10 times as large, would leave float16's normal numbers."""
+    return fold is not None and (fold.norm is not None or spec.compute == "float32")
+
+
+def checked(scale: TensorScale, width: int, name: str, spec: StageSpec, *, smooth: bool) -> TensorScale:
     """An entry of a given table that fits its activation."""
+    if scale.method not in (*METHODS, BY_HAND):
+        raise CalibrationError(
+            f"the scale table's entry for {name} is of method {scale.method!r:.40}, which is one of 4-bit weights, "
+            f"expected one of {', '.join(METHODS)} or {BY_HAND!r}; remove the entry or calibrate again"
+        )
+    if scale.threshold / LEVELS > LARGEST_SCALE[spec.compute]:
+        raise CalibrationError(
+            f"the scale table's threshold for {name} is {scale.threshold:g}, whose scale {spec.compute} cannot hold; "
+            "correct the entry or calibrate again"
+        )
     if scale.smooth and (len(scale.smooth) != width or not smooth):
         raise CalibrationError(
             f"the scale table smooths {name} with {len(scale.smooth)} exponents; the activation has {width} channels"

@@ -24,7 +24,7 @@ from calibration.plan import Plan, planned
 from calibration.questions import Labelled, Questions, questions_from
 from calibration.report import REPORT, SCALES, Accuracy, Report, StageReport, encode_report, versions
 from calibration.scales import ScaleTable, StageScales, encode_table, read_table, weights_hash
-from calibration.sensitivity import Target
+from calibration.sensitivity import Target, TargetMissedError
 from calibration.write import bundle_draft, file_specs, replace_file, written
 from calibration.write_stage import StageWriter
 from runtime.backend import open_backend
@@ -41,6 +41,7 @@ Written = Mapping[str, tuple[StageSpec, StageReport]]
 EMBEDDING = "embedding.safetensors"
 ORDER = ("vision", "refine", "aggregate", "decode")  # in which stages are quantised
 MARGINS = (1.0, 0.3, 0.1, 0.03, 0.01)  # of the allowed distance from a cosine of 1, while answers drop too much
+ADVISED = 32  # clips
 WORTH = 10  # times its distance from 1 that a selection may lose of its worth: a hundredth beside a cosine of 0.999
 LLM_DISTANCE = 0.01  # of the LLM's cosine from 1 that such tightening starts from, where none was asked for
 
@@ -134,6 +135,7 @@ class Run:
             progress=self.progress,
             note=self.note,
         )
+        self.note_few(found)
         labelled = answerable(self.questions.labelled, found.skipped, required=options.max_drop is not None)
         plans = {stage: self.plan(stage, found, table) for stage in self.stages}
         replace_file(self.draft / SCALES, encode_table(self.table(plans, found)))
@@ -145,6 +147,15 @@ class Run:
             self.note(f"{stage}: {report}")
         replace_file(self.draft / REPORT, encode_report(self.report(stages, found, accuracy)))
         self.write_manifest(stages)
+
+    def note_few(self, found: Collected) -> None:
+        """Say where scales or losses rest on little."""
+        if len(found.clips) < ADVISED:
+            self.note(
+                f"scales rest on {len(found.clips)} clips; {ADVISED} or more are advised, of the kind you will ask about"
+            )
+        if not found.held_out:
+            self.note("losses are measured on clips that calibrated too: there were too few to hold some out")
 
     def plan(self, stage: str, found: Collected, table: ScaleTable | None) -> Plan:
         """Scales of one stage, from the given table where it has them."""
@@ -173,7 +184,7 @@ class Run:
         return ScaleTable(
             method=self.options.method,
             clips=tuple(found.clips),
-            questions=self.questions.plain,
+            questions=tuple(found.asked),
             versions=versions(),
             stages=stages,
         )
@@ -187,16 +198,22 @@ class Run:
             CalibrationError: a target does not hold.
         """
         right = sum(self.answered(self.bundle, labelled, "float")) if labelled else 0
+        calibrated = {clip.name for clip in found.clips}
+        about_held_out = sum(question.clip not in calibrated for question in labelled)
         writer = StageWriter(self.draft, self.bundle.manifest, found.examples, self.options.threads, self.progress)
         accuracy: Accuracy | None = None
         tried: dict[str, list[str]] | None = None
+        held = dict.fromkeys(plans, MARGINS[0])  # the tightest margin that each stage held
         for margin in MARGINS:
-            try:
-                stages = {stage: writer.write(stage, plan, self.target(stage, margin)) for stage, plan in plans.items()}
-            except CalibrationError:
-                if accuracy is None:  # the user's own target
-                    raise
-                break
+            stages = {}
+            for stage, plan in plans.items():
+                try:
+                    stages[stage] = writer.write(stage, plan, self.target(stage, margin))
+                    held[stage] = margin
+                except TargetMissedError:
+                    if accuracy is None:  # the user's own target
+                        raise
+                    stages[stage] = writer.write(stage, plan, self.target(stage, held[stage]))
             if not labelled:
                 return stages, None
             floats = {stage: [*report.floats] for stage, (_, report) in stages.items()}
@@ -205,15 +222,18 @@ class Run:
             tried = floats
             self.write_manifest(stages)
             told = self.answered(opened(self.draft), labelled, "quantised")
-            accuracy = Accuracy(asked=len(told), right_float=right, right_quantized=sum(told))
+            accuracy = Accuracy(
+                asked=len(told), about_held_out=about_held_out, right_float=right, right_quantized=sum(told)
+            )
             self.note(str(accuracy))
             if self.options.max_drop is None or accuracy.drop <= self.options.max_drop:
                 return stages, accuracy
+            self.note(f"more than --max-drop {self.options.max_drop:g}: asking more of every stage")
         assert accuracy is not None, "the first margin raises or asks"
         raise CalibrationError(
             f"{accuracy.drop:.2f} percentage points of {accuracy.asked} labelled answers are lost, more than "
             f"--max-drop {self.options.max_drop:g}, with as much in floating point as was tried; allow more, use "
-            "--llm int8 or --llm float, or give more clips"
+            f"--llm {'int8 or --llm ' if self.options.decode == 'int4' else ''}float, or give more clips"
         )
 
     def target(self, stage: str, margin: float) -> Target:
@@ -244,7 +264,17 @@ class Run:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, target)
         if narrow:
-            write_narrow_embedding(self.bundle.path(EMBEDDING), self.draft / EMBEDDING)
+            self.narrow_embedding()
+
+    def narrow_embedding(self) -> None:
+        """Write the token embedding table in 8 bits; its rows have to keep what stages have to."""
+        cosine = write_narrow_embedding(self.bundle.path(EMBEDDING), self.draft / EMBEDDING)
+        self.note(f"embedding: int8, cosine of the worst row {cosine:.5f}")
+        if cosine < self.options.min_cosine:
+            raise CalibrationError(
+                f"the token embedding table keeps a cosine of {cosine:.5f} only in 8 bits (its worst row), expected "
+                f"{self.options.min_cosine:g}; leave out --embedding int8, or ask for less with --min-cosine"
+            )
 
     def files_of(self, stage: str) -> Collection[str]:
         """Files that a float stage consists of."""
@@ -268,6 +298,7 @@ class Run:
 
     def report(self, stages: Written, found: Collected, accuracy: Accuracy | None) -> Report:
         """What ``quantization.json`` says."""
+        given = {name: str(value) for name in ("questions", "scales") if (value := getattr(self.options, name))}
         chosen = (
             "precision",
             "decode",
@@ -283,9 +314,12 @@ class Run:
             source=self.bundle.identity,
             calibrated_on=len(found.clips),
             measured_on=tuple(found.measured),
-            held_out=not {clip.name for clip in found.clips} & set(found.measured),
+            held_out=found.held_out,
             skipped=found.skipped,
-            options={name: getattr(self.options, name) for name in chosen},
+            options={
+                **{name: getattr(self.options, name) for name in chosen},
+                **{k: Path(v).name for k, v in given.items()},
+            },
             stages={stage: report for stage, (_, report) in stages.items()},
             accuracy=accuracy,
             versions=versions(),

@@ -21,9 +21,14 @@ NAMED = 4  # layers left in float that a line names
 
 
 class Accuracy(msgspec.Struct, frozen=True, kw_only=True):
-    """Labelled questions answered rightly by both bundles."""
+    """Labelled questions answered rightly by both bundles.
+
+    Attributes:
+        about_held_out: how many of those asked are about clips that did not calibrate.
+    """
 
     asked: int
+    about_held_out: int
     right_float: int
     right_quantized: int
 
@@ -77,7 +82,12 @@ class StageReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """The whole run."""
+    """The whole run.
+
+    Attributes:
+        measured_on: clips that the stages' losses are of.
+        held_out: whether none of these calibrated.
+    """
 
     source: str
     calibrated_on: int

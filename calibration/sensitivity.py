@@ -13,10 +13,14 @@ from dataclasses import dataclass, field
 from calibration.measure import Loss
 from runtime.errors import CalibrationError
 
-__all__ = ["Kept", "Target", "kept_groups"]
+__all__ = ["Kept", "Target", "TargetMissedError", "kept_groups"]
 
 Measure = Callable[[Collection[str]], Loss]  # groups to quantise -> the stage's loss
 Progress = Callable[[str], None]
+
+
+class TargetMissedError(CalibrationError):
+    """A stage that does not keep what was asked for, whatever stays in floating point."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ def kept_groups(
         progress: told what is measured.
 
     Raises:
-        CalibrationError: the target does not hold with any group quantised.
+        TargetMissedError: the target does not hold with any group quantised.
     """
     progress(f"measure {stage}")
     everything = measure(groups)
@@ -78,7 +82,7 @@ def kept_groups(
     order = sorted(groups, key=lambda group: -damages[group])  # of groups that do equal harm the first leaves first
     left, loss = fewest(order, measure, target)
     if loss is None:
-        raise CalibrationError(refusal(stage, target, everything, alone[order[-1]] if order else everything))
+        raise TargetMissedError(refusal(stage, target, everything, alone[order[-1]] if order else everything))
     floats = {group: damages[group] for group in order[:left]}
     return Kept(tuple(group for group in groups if group not in floats), loss, floats)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 import onnx_ir as ir
 
-from calibration.linears import grouped, linears_of
+from calibration.linears import exempt_weights, grouped
 from calibration.lint import Lint, lint
 from calibration.measure import Examples, Loss, measured
 from calibration.passes import lower_opset
@@ -108,11 +108,9 @@ class StageWriter:
         return msgspec.structs.replace(spec, quantized=summary), report
 
     def checked(self, stage: str, spec: StageSpec, model: ir.Model, floats: Iterable[str]) -> Lint:
-        """The written graph, linted; only ``floats`` and what is too small for a layer may be in floating point."""
-        layers = {name.split("#")[0] for name in linears_of(model)}
-        others = {name for name in model.graph.initializers if name not in layers}
+        """The written graph, linted; only ``floats`` and weights that are no layers may be in floating point."""
         allowed = {name.split("#")[0] for name in floats}
-        allowed |= {f"{name}.smoothed" for name in allowed} | others
+        allowed |= {f"{name}.smoothed" for name in allowed} | exempt_weights(model)
         found = lint(ir.load(self.draft / spec.file), floats=allowed)
         if not found:
             raise CalibrationError(f"{stage}: {found.problems[0]}; this is a fault of the quantiser, please report it")

@@ -110,9 +110,10 @@ def export(arguments: argparse.Namespace) -> int:
     )
     with Steps("export") as steps:
         if arguments.precision == "float":
+            check_plain(arguments)
             bundle_from_checkpoint(options, steps.begin, steps.say)
         else:
-            narrow = quantize_options(arguments)
+            narrow = quantize_options(arguments, arguments.precision)
             quantized_from_checkpoint(options, arguments.calibration, narrow, steps.begin, steps.say)
         steps.end()
         steps.say(f"wrote {options.output}")
@@ -126,6 +127,18 @@ def check_calibration(arguments: argparse.Namespace) -> None:
             "--precision int8 and int4 need --calibration CLIPS, a folder of videos, and nothing else takes it; "
             f"found --precision {arguments.precision} {'with' if arguments.calibration else 'without'} --calibration"
         )
+
+
+def check_plain(arguments: argparse.Namespace) -> None:
+    """A float export takes none of the options of quantisation."""
+    from calibration.options import QuantizeOptions
+
+    given = quantize_options(arguments, "int8")
+    plain = QuantizeOptions(frames=arguments.frames, force=arguments.force)
+    if given != plain:
+        names = [name for name, value in vars(given).items() if value != getattr(plain, name)]
+        option = {"block": "block-size"}.get(names[0], names[0].replace("_", "-"))
+        raise OptionError(f"--{option} is for quantisation; give --precision int8 or int4 with it, or leave it out")
 
 
 def require_extra() -> None:

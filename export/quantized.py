@@ -12,10 +12,13 @@ from pathlib import Path
 
 from calibration.clips import clips_from
 from calibration.options import QuantizeOptions
-from calibration.quantize import quantized_bundle
+from calibration.quantize import check_questions, quantized_bundle
 from calibration.questions import questions_from
 from calibration.write import bundle_draft, written
+from export.checkpoint import Checkpoint
 from export.convert import ExportOptions, bundle_from_checkpoint
+from export.families import backbone_from_checkpoint
+from export.families.base import FrameRoute
 from runtime.errors import OptionError
 
 __all__ = ["quantized_from_checkpoint"]
@@ -38,11 +41,7 @@ def quantized_from_checkpoint(
     Raises:
         LinvtError: one line; the output is as it was.
     """
-    if options.dtype == "bfloat16":
-        raise OptionError(
-            "--precision with --dtype bfloat16: calibration runs on the CPU, which cannot; use float32 or float16"
-        )
-    clips_from(clips), questions_from(quantize.questions)  # before the export, which takes minutes
+    check(options, clips, quantize)
     with bundle_draft(options.output, force=options.force) as draft:
         plain, narrow = draft / "float", draft / "quantized"
         bundle_from_checkpoint(replace(options, output=plain, force=False), progress, note)
@@ -53,3 +52,18 @@ def quantized_from_checkpoint(
                 path.rename(draft / path.name)
             narrow.rmdir()
     return options.output
+
+
+def check(options: ExportOptions, clips: Path, quantize: QuantizeOptions) -> None:
+    """What can be refused before the export, which takes minutes."""
+    check_questions(questions_from(quantize.questions), clips_from(clips), quantize)
+    if options.dtype == "float32":
+        return
+    checkpoint = Checkpoint.open(options.checkpoint)
+    overflows = backbone_from_checkpoint(checkpoint, FrameRoute(options.image_size, options.route)).llm.overflows
+    if options.dtype == "bfloat16" or overflows:
+        reason = f" (this LLM computes in it where float16 is asked for: {overflows})" if overflows else ""
+        raise OptionError(
+            f"--precision with --dtype {options.dtype}: calibration runs on the CPU, which cannot compute in "
+            f"bfloat16{reason}; use --dtype float32"
+        )

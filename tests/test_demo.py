@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from export.compare import main as compare
-from export.demo.evaluate import film
+from export.demo.film import film
 from export.demo.glyphs import glyphs
 from export.demo.questions import ask
 from export.demo.sample import QUESTIONS

@@ -12,7 +12,7 @@ import sys
 from itertools import islice
 from pathlib import Path
 
-from export.demo.evaluate import FPS, cases, film
+from export.demo.film import FPS, cases, film
 from export.demo.glyphs import Split, glyphs
 from export.demo.video import write
 from runtime.cli import guarded

@@ -12,25 +12,20 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from export.demo.answer import FRAMES, Answer, Watch, watch_with_torch
-from export.demo.glyphs import Glyphs, Split, glyphs
-from export.demo.questions import KINDS, Question, ask
-from export.demo.scenes import Scene, middle_times, random_scene, render
+from export.demo.film import FPS, cases, film
+from export.demo.glyphs import Split, glyphs
+from export.demo.questions import KINDS, Question
 from export.demo.video import write
 from runtime.cli import guarded
 
-__all__ = ["Tally", "film", "main", "measure"]
+__all__ = ["Tally", "main", "measure"]
 
-SECONDS, FPS, SIZE = 4, 20, 256
-SEED = 4051
 CLAUSES = "describe, per digit"
 
 
@@ -59,25 +54,6 @@ class Tally:
 def plain(answer: str) -> str:
     """An answer as it is compared."""
     return answer.strip().rstrip(".").lower()
-
-
-def film(scene: Scene, source: Glyphs) -> NDArray[np.uint8]:
-    """A scene as a video of 4 s, 20 fps, 256 x 256: (80, 256, 256, 3)."""
-    return render(scene, source, middle_times(SECONDS * FPS), SIZE)
-
-
-def cases(split: Split, questions: int) -> Iterator[tuple[Scene, list[Question]]]:
-    """Scenes with one question of every kind that still wants some."""
-    left = dict.fromkeys(KINDS, questions)
-    index = 0
-    while any(left.values()):
-        rng = np.random.default_rng([SEED, index])
-        scene = random_scene(rng, glyphs(split))
-        found = [question for kind in KINDS if left[kind] and (question := ask(scene, kind, rng))]
-        for question in found:
-            left[question.kind] -= 1
-        index += 1
-        yield scene, found
 
 
 def measure(watches: Sequence[Watch], questions: int, split: Split = "test") -> list[dict[str, Tally]]:

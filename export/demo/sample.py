@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from export.demo.evaluate import FPS, film
+from export.demo.film import FPS, film
 from export.demo.glyphs import glyphs
 from export.demo.scenes import COLOURS, Digit, Scene
 from export.demo.video import write
