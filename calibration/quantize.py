@@ -152,7 +152,7 @@ class Run:
         """Say where scales or losses rest on little."""
         if len(found.clips) < ADVISED:
             self.note(
-                f"scales rest on {len(found.clips)} clips; {ADVISED} or more are advised, of the kind you will ask about"
+                f"scales rest on {len(found.clips)} clips; {ADVISED} or more of the kind you will ask about are better"
             )
         if not found.held_out:
             self.note("losses are measured on clips that calibrated too: there were too few to hold some out")
