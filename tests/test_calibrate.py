@@ -322,6 +322,7 @@ def test_the_command_runs_without_torch_and_says_each_step_once(tmp_path: Path) 
     steps = [line.removeprefix("calibrate: ")[:18].strip() for line in lines if line.startswith("calibrate: ")]
     assert len(steps) == len(set(steps)) and {"clips", "clips held out", "choose vision", "measure refine"} <= {*steps}
     assert [line.split(":")[0] for line in lines if not line.startswith("calibrate: ")] == [
+        "scales rest on 6 clips; 32 or more of the kind you will ask about are better",
         "vision",
         "refine",
         "aggregate",

@@ -18,6 +18,7 @@ import numpy as np
 import onnx
 import pytest
 from numpy.typing import NDArray
+from safetensors.numpy import save_file
 
 import calibration.quantize
 import calibration.watch
@@ -30,6 +31,7 @@ from calibration.report import REPORT, SCALES, Report
 from runtime.backend import MAX_THREADS
 from runtime.backend_ort import create_session
 from runtime.bundle import Bundle
+from runtime.embedding import EmbeddingTable
 from runtime.engine import VideoQA
 from runtime.errors import BackendError, LinvtError, OptionError
 from tests.bundles import forge
@@ -40,6 +42,12 @@ ROOT = Path(__file__).parents[1]
 QUICK = ("--llm", "float", "--method", "minmax", "--frames", "4")
 V = slice(256, 384)  # columns of the demo's qkv weight that make values
 HARMFUL = tuple(f"tower.encoder.layers.{number}.attn.proj.weight" for number in (1, 2))
+STEPS = ("calibrate: ", "skipped ", "labelled answers", "more than --max-drop", "decode: ", "embedding: ")
+STEPS += (
+    "scales rest on 1 clips; 32 or more",
+    "scales rest on 2 clips; 32 or more",
+    "losses are measured on clips that",
+)
 Edit = Callable[[NDArray[Any]], None]  # changes an array (of float16 or float32) in place
 
 
@@ -102,7 +110,7 @@ def failure(
     output, errors = capfd.readouterr()
     *steps, line = errors.splitlines()
     assert output == "" and line.startswith("linvt-calibrate: ") and len(line) < 600, line
-    assert all(step.startswith(("calibrate: ", "skipped ", "labelled answers", "decode: ")) for step in steps), steps
+    assert all(step.startswith(STEPS) for step in steps), steps
     assert all_below(tmp_path) == before
     return line
 
@@ -203,6 +211,22 @@ def test_a_table_of_another_model_or_with_entries_that_do_not_fit(
         lambda stage: stage["tensors"].update(no_such=entry)
     )
     assert "threshold" in said(lambda stage: stage["tensors"][name].update(threshold=-1.0))
+    assert "is of method 'gptq', which is one of 4-bit weights" in said(
+        lambda stage: stage["tensors"][name].update(method="gptq")
+    )
+
+
+def test_an_embedding_table_that_8_bits_ruin(capfd: Captured, tmp_path: Path, clips: Path) -> None:
+    """One value of a row is so large that nothing is left of its others."""
+    source = Bundle.open("demo-float")
+    rows = EmbeddingTable.open(source.path("embedding.safetensors")).rows(np.arange(598))
+    rows[5] = 0.0035
+    rows[5, 0] = 1
+    save_file({"embedding": rows}, tmp_path / "table")
+    files: dict[str, Any] = {"embedding__safetensors": (tmp_path / "table").read_bytes()}
+    bundle = forge(source.folder, tmp_path / "bundle", **files)
+    line = failure(capfd, tmp_path, clips, *QUICK, "--min-cosine", "0.9999", "--embedding", "int8", bundle=bundle)
+    assert "the token embedding table keeps a cosine of" in line
 
 
 def test_a_missing_extra_is_named_before_anything_fails_for_it(

@@ -19,7 +19,10 @@ from export.__main__ import main
 from export.convert import ExportOptions, bundle_from_checkpoint
 from export.stages import Stage
 from runtime.bundle import Bundle
+from runtime.engine import VideoQA
+from runtime.options import GenerationOptions
 from tests.conftest import GOLDEN
+from tests.videos import write_video
 
 ROOT = Path(__file__).parents[1]
 WITH_LINVT, PLAIN = "linvt-internvl2-a", "internvl2-qwen2-a"
@@ -127,6 +130,53 @@ def test_a_refusal_is_one_line_and_a_code(
 
 
 STEPS = ("checkpoint", "vision", "refine", "aggregate", "decode", "embedding", "manifest")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--precision", "int8"], "need --calibration CLIPS"),
+        (["--calibration", "{clips}"], "nothing else takes it; found --precision float with"),
+        (["--llm", "int4"], "--llm is for quantisation; give --precision int8 or int4 with it"),
+        (["--block-size", "32"], "--block-size is for quantisation"),
+        (["--precision", "int8", "--calibration", "{clips}/none"], "there is no such file"),
+        (["--precision", "int8", "--calibration", "{clips}", "--max-drop", "1"], "--max-drop needs labelled questions"),
+        (["--precision", "int4", "--calibration", "{clips}", "--dtype", "bfloat16"], "cannot compute in bfloat16"),
+        (["--precision", "int4", "--calibration", "{clips}", "--dtype", "float16"], "where float16 is asked for"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_quantisation_needs_is_refused_before_anything_is_exported(
+    arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    write_video(clips / "one.mp4")
+    given = [argument.format(clips=clips) for argument in arguments]
+    assert main([str(GOLDEN / "linvt-internvl2-a"), "-o", str(tmp_path / "out"), *given]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("linvt-export: ") and said in line
+    assert [path.name for path in tmp_path.iterdir()] == ["clips"]
+
+
+def test_a_checkpoint_becomes_a_quantised_bundle_in_one_go(
+    linvt_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    for number in range(2):
+        write_video(clips / f"{number}.mp4")
+    words = ["--precision", "int4", "--calibration", str(clips), "--min-cosine", "0", "--method", "minmax"]
+    assert main([str(GOLDEN / "linvt-internvl2-a"), "-o", str(tmp_path / "out"), *words]) == 0
+    assert capsys.readouterr().err.splitlines()[-1] == f"wrote {tmp_path / 'out'}"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clips", "out"]
+    assert not [path for path in (tmp_path / "out").iterdir() if path.is_dir()]
+    manifest = Bundle.open(tmp_path / "out").manifest
+    assert manifest.provenance["quantized_from"] == Bundle.open(linvt_bundle).identity
+    weights = {stage: spec.quantized and spec.quantized.weights for stage, spec in manifest.stages.items()}
+    assert weights == {"vision": "int8", "refine": "int8", "aggregate": "int8", "decode": "int4"}
+    with VideoQA.open(tmp_path / "out") as qa:
+        assert qa.ask(clips / "0.mp4", "What happens?", GenerationOptions(max_new_tokens=2)).token_ids
 
 
 @pytest.mark.usefixtures("untraced")
