@@ -315,7 +315,8 @@ def test_a_product_with_a_product_of_constants_is_a_layer_of_the_stage(
 
 
 def test_weights_that_a_package_manager_linked_are_read(random: np.random.Generator, tmp_path: Path) -> None:
-    shutil.copytree(DEMO.folder, tmp_path / "linked", copy_function=os.link)
+    shutil.copytree(DEMO.folder, tmp_path / "copy")
+    shutil.copytree(tmp_path / "copy", tmp_path / "linked", copy_function=os.link)
     bundle = Bundle.open(tmp_path / "linked")
     spec = bundle.manifest.stages["decode"]
     assert bundle.path(f"{spec.file}.data").stat().st_nlink > 1
