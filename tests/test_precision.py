@@ -192,7 +192,7 @@ def test_a_patch_that_is_not_all_picture_stays_so(dtype: Dtype, recorded: Load) 
         ("qwen2vl-a", "decode", 1e-5),
         ("mipha-a", "decode", 1e-5),
         ("xgenmm-a", "vision", 1e-5),
-        ("molmo-a", "vision", 2e-3),  # 1.702 in its activation becomes 1.703
+        ("molmo-a", "vision", 5e-3),  # 1.702 in its activation becomes 1.703
     ],
 )
 @torch.no_grad()
