@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.cli import Parser, guarded
-from runtime.errors import DependencyError
+from runtime.cli import Parser, guarded, require_extra
 
 if TYPE_CHECKING:
     from calibration.options import Precision, QuantizeOptions
@@ -85,7 +83,7 @@ def add_quantize_options(parser: argparse.ArgumentParser) -> None:
 
 def quantize(arguments: argparse.Namespace) -> int:
     """Run it with a progress display on stderr."""
-    require_extra()
+    require_extra("calibration", REQUIRED)
     from calibration.progress import Steps
     from calibration.quantize import quantized_bundle
 
@@ -123,13 +121,6 @@ def quantize_options(arguments: argparse.Namespace, precision: Precision) -> Qua
         threads=arguments.threads,
         force=arguments.force,
     )
-
-
-def require_extra() -> None:
-    """Say which extra is missing before anything fails for it."""
-    for package in REQUIRED:
-        if importlib.util.find_spec(package) is None:
-            raise DependencyError(f"{package} is not installed; run: pip install 'linvt-edge[calibration]'")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from calibration.insert import LEVELS, Exponents, Factors, insert_int4, insert_i
 from calibration.linears import Linear, fold_constant_products, grouped, linears_of
 from calibration.observe import Observer
 from calibration.options import QuantizeOptions
-from calibration.scales import TensorScale
+from calibration.scales import LEAST_SCALE, TensorScale
 from calibration.smooth import Fold, fold_of, put_column_factors, put_factors
 from calibration.thresholds import METHODS
 from runtime.errors import CalibrationError
@@ -30,7 +30,6 @@ __all__ = ["DTYPES", "Plan", "built", "float_graph", "planned"]
 
 BY_HAND = "by hand"
 LARGEST_SCALE = {"float32": 3e38, "float16": 65504.0}
-SMALLEST_SCALE = 1e-30  # far below any activation that means something, far above float32's subnormals
 DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
 
 
@@ -110,7 +109,7 @@ def planned(
     blocks: dict[str, Blocks] = {}
     for number, (name, linears) in enumerate(groups.items(), 1):
         progress(number, len(groups))
-        if observers[name].histogram.largest / LEVELS < SMALLEST_SCALE:
+        if observers[name].histogram.largest / LEVELS < LEAST_SCALE:
             raise CalibrationError(
                 f"activation {name} was 0 on all clips, which gives a scale of 0; calibrate with clips that show "
                 "something, and check the float bundle"

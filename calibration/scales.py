@@ -29,7 +29,7 @@ __all__ = [
 FORMAT = "linvt-scales"
 VERSION = 1
 LARGEST_FILE = 2**26  # bytes; a model of 7 billion parameters needs about 4 million
-LEAST_SCALE, MOST_SCALE = 1e-30, 2.7e36  # far above float32's subnormals; float32's largest number / 127
+LEAST_SCALE, MOST_SCALE = 1e-30, 2.7e36  # below what means something, above subnormals; float32's largest number / 127
 MOST_EXPONENT = 30
 LIST = re.compile(rb"\[\n[-\d,\s]+\]")  # of integers, indented; inside a string there is no line break
 

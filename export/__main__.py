@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from calibration.__main__ import add_quantize_options, quantize_options
-from runtime.cli import Parser, guarded
-from runtime.errors import DependencyError, OptionError
+from runtime.cli import Parser, guarded, require_extra
+from runtime.errors import OptionError
 
 __all__ = ["add_export_options", "export", "main"]
 
@@ -90,7 +90,7 @@ def height_and_width(text: str) -> tuple[int, int]:
 
 def export(arguments: argparse.Namespace) -> int:
     """Run the export with a progress display on stderr."""
-    require_extra()
+    require_extra("export", REQUIRED)
     check_calibration(arguments)
     from calibration.progress import Steps
     from export.convert import ExportOptions, bundle_from_checkpoint
@@ -139,15 +139,6 @@ def check_plain(arguments: argparse.Namespace) -> None:
         names = [name for name, value in vars(given).items() if value != getattr(plain, name)]
         option = {"block": "block-size"}.get(names[0], names[0].replace("_", "-"))
         raise OptionError(f"--{option} is for quantisation; give --precision int8 or int4 with it, or leave it out")
-
-
-def require_extra() -> None:
-    """Say which extra is missing before anything fails for it."""
-    import importlib.util
-
-    for package in REQUIRED:
-        if importlib.util.find_spec(package) is None:
-            raise DependencyError(f"{package} is not installed; run: pip install 'linvt-edge[export]'")
 
 
 if __name__ == "__main__":

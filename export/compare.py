@@ -13,9 +13,9 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from export.__main__ import require_extra
+from export.__main__ import REQUIRED
 from runtime.backend import BACKENDS
-from runtime.cli import Parser, ascii_json, guarded, printable
+from runtime.cli import Parser, ascii_json, guarded, printable, require_extra
 from runtime.errors import OptionError
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def compare(arguments: argparse.Namespace) -> int:
     """Compare, print, write the evidence."""
-    require_extra()
+    require_extra("export", REQUIRED)
     from export.cases import Comparer
     from export.evidence import Comparison, write_evidence
     from export.reference import Reference

@@ -10,13 +10,14 @@ Commands parse into one record, call one function and print; no logic is here.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import io
 import json
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn
@@ -24,9 +25,9 @@ from typing import Any, NoReturn
 import msgspec
 
 from runtime.backend import BACKENDS
-from runtime.errors import LinvtError
+from runtime.errors import DependencyError, LinvtError
 
-__all__ = ["Parser", "add_backend_options", "ascii_json", "guarded", "printable"]
+__all__ = ["Parser", "add_backend_options", "ascii_json", "guarded", "printable", "require_extra"]
 
 INTERRUPTED = 130
 TERMINATED = 143
@@ -46,6 +47,17 @@ def add_backend_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--backend", choices=BACKENDS, default="auto", help="default: the best one present")
     group.add_argument("--threads", type=int, metavar="N", help="compute threads on the CPU; default: one per core")
     group.add_argument("--verify", action="store_true", help="hash every file of the bundle again")
+
+
+def require_extra(extra: str, packages: Sequence[str]) -> None:
+    """Say which extra is missing before anything fails for it.
+
+    Raises:
+        DependencyError: one of ``packages`` is not installed.
+    """
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise DependencyError(f"{package} is not installed; run: pip install 'linvt-edge[{extra}]'")
 
 
 def guarded(program: str, command: Callable[[], int]) -> int:

@@ -245,3 +245,11 @@ def test_a_clip_that_has_gone_cannot_be_hashed(fill: Fill) -> None:
     clip.path.unlink()
     with pytest.raises(CalibrationError, match=r"a\.mp4.*No such file"):
         clip.sha256()
+
+
+def test_a_name_that_is_not_utf_8_is_escaped_and_its_file_is_found(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"\xff\xfe.mp4")
+    path.write_bytes(b"video")
+    (clip,) = clips_from(tmp_path)
+    assert clip.name == "\\xff\\xfe.mp4"
+    assert clip.path == path and clip.sha256() == hashlib.sha256(b"video").hexdigest()
