@@ -1,7 +1,7 @@
 """A histogram of magnitudes to the threshold at which symmetric int8 quantisation clips.
 
-With threshold t the scale is t / 127: values are divided by it, rounded to nearest even and kept within -127 to 127. (An
-engine keeps -128 too, one step more on one side.)
+With threshold t the scale is t / 127: values are divided by it, rounded to nearest even and kept within -127 to 127.
+(An engine keeps -128 too, one step more on one side.)
 Thresholds are found in units of a bin, so a tensor times a power of two has exactly that times the threshold.
 
 Thresholds are no finer than the bins: beside an outlier nearly all values share the first few. "percentile" is at least

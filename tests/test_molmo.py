@@ -249,4 +249,4 @@ def test_vision_traces_with_a_free_number_of_frames(vision: nn.Module) -> None:
         with torch.no_grad():
             expected = vision(pixel_values, mask)
         feeds = {"pixel_values": pixel_values.numpy(), "pixel_mask": mask.numpy()}
-        assert largest(expected, session.run(None, feeds)[0], f"onnx, {count} frames") < 1e-5 * expected.abs().max()
+        assert largest(expected, session.run(None, feeds)[0], f"onnx, {count} frames") < 3e-5 * expected.abs().max()
