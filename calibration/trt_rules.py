@@ -1,10 +1,11 @@
-"""Which operators TensorRT's ONNX parser takes, since which version, and what a graph needs lowered for an older one.
+"""Which operators TensorRT's ONNX parser takes, in which dtypes, since which version, and what it lacks of a graph.
 
 Versions are those that users have: JetPack 6 (10.3), 7.0 (10.13), 7.2 (10.16) and the newest (11.4). Source: the table
-of operators ``docs/operators.md`` of onnx/onnx-tensorrt for 10.1 and 10.15, its ``docs/Changelog.md`` in between.
+of operators ``docs/operators.md`` of onnx/onnx-tensorrt for 10.1, 10.15, 10.16 and 11.1, which agree in what is listed
+here, and its ``docs/Changelog.md`` in between.
 
-Knows operators by name only: that ``Attention`` has to be 4-D without a cache, ``TensorScatter`` to be 4-D along axis
--2 and ``TopK`` to stay below 3840 is for those who write the graph. Does not lower anything.
+Knows operators and dtypes: the limits of single nodes are in ``export.lower.rules``, quantisation in ``qdq_rules``.
+Does not lower anything.
 """
 
 from __future__ import annotations
@@ -15,27 +16,73 @@ import onnx_ir as ir
 
 from kernels.spec import DOMAIN
 
-__all__ = ["BLOCKED_OPSET", "RELEASES", "constant", "is_blocked", "operator_problems", "problem", "supports"]
+__all__ = [
+    "BLOCKED_OPSET",
+    "LATER",
+    "OPERATORS",
+    "RELEASES",
+    "constant",
+    "every_node",
+    "is_blocked",
+    "is_known",
+    "missing",
+    "newest_opset",
+    "operator_problems",
+    "ordered",
+    "problem",
+    "supports",
+    "target_opset",
+]
 
 AS_WRITTEN = "as written"
 BLOCKED_OPSET = 21  # the first with 4-bit integers and ``block_size``
+OPSETS = {"10.3": 20, "10.15": 24}  # newest opset, documented for 10.1 and from 10.15 on; nothing in between was found
 
-# Newest documented opset: 20 for 10.1, 24 for 10.15, 25 from 11.5 on. In between nothing newer than 20 was found.
-RELEASES = {"10.3": 20, "10.13": 20, "10.16": 24, "11.4": 24}
+FLOATS = frozenset((ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16))
+WHOLE = frozenset((ir.DataType.INT32, ir.DataType.INT64))
+NUMBERS = FLOATS | WHOLE
+BOOL = frozenset((ir.DataType.BOOL,))
+EVERY = NUMBERS | BOOL
+INTEGERS = frozenset((ir.DataType.INT8, ir.DataType.INT4))  # quantised; FP8 and FP4 are not ours
 
-SINCE_10_0 = frozenset(
-    (
-        *("Abs", "Add", "And", "ArgMax", "ArgMin", "AveragePool", "Cast", "Ceil", "Clip", "Concat", "Constant"),
-        *("ConstantOfShape", "Conv", "ConvTranspose", "Cos", "CumSum", "DequantizeLinear", "Div", "Einsum", "Equal"),
-        *("Erf", "Exp", "Expand", "Flatten", "Floor", "Gather", "GatherElements", "GatherND", "Gelu", "Gemm"),
-        *("Greater", "GreaterOrEqual", "GroupNormalization", "Identity", "LayerNormalization", "Less", "LessOrEqual"),
-        *("Log", "MatMul", "Max", "MaxPool", "Min", "Mod", "Mul", "Neg", "Not", "Or", "Pad", "Pow", "QuantizeLinear"),
-        *("Range", "Reciprocal", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum", "Relu", "Reshape", "Resize"),
-        *("Round", "ScatterElements", "ScatterND", "Shape", "Sigmoid", "Sin", "Slice", "Softmax", "Split", "Sqrt"),
-        *("Squeeze", "Sub", "Sum", "Tanh", "Tile", "TopK", "Transpose", "Trilu", "Unsqueeze", "Where"),
-    )
-)
-LATER = {"Attention": "10.14", "RMSNormalization": "10.15", "RotaryEmbedding": "10.15", "TensorScatter": "10.15"}
+BY_DTYPES = {
+    FLOATS: (
+        *("AveragePool", "Ceil", "Clip", "Conv", "ConvTranspose", "Cos", "CumSum", "Einsum", "Erf", "Exp", "Floor"),
+        *("Gelu", "Gemm", "GroupNormalization", "LayerNormalization", "Log", "MatMul", "MaxPool", "Pow"),
+        *("QuantizeLinear", "Reciprocal", "Resize", "Round", "Sigmoid", "Sin", "Softmax", "Sqrt", "Tanh"),
+        *("Attention", "RMSNormalization", "RotaryEmbedding"),
+    ),
+    NUMBERS: (
+        *("Abs", "Add", "ArgMax", "ArgMin", "Div", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Max"),
+        *("Min", "Mod", "Mul", "Neg", "Pad", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum", "Relu"),
+        *("ScatterElements", "ScatterND", "Sub", "Sum", "TopK"),
+    ),
+    EVERY: (
+        *("Cast", "Concat", "Constant", "ConstantOfShape", "Expand", "Flatten", "Gather", "GatherElements"),
+        *("GatherND", "Identity", "Reshape", "Shape", "Slice", "Split", "Squeeze", "Tile", "Transpose", "Trilu"),
+        *("Unsqueeze", "Where"),
+    ),
+    BOOL: ("And", "Not", "Or"),
+    INTEGERS: ("DequantizeLinear",),
+    WHOLE | {ir.DataType.FLOAT}: ("Range",),  # the importer of 10.1 refuses narrow floats, whatever the table says
+    FLOATS | {ir.DataType.INT32}: ("TensorScatter",),
+}
+OPERATORS = {name: dtypes for dtypes, names in BY_DTYPES.items() for name in names}  # dtypes of what it works on
+# Attention has an importer since 10.14, whose newest opset is too old for it
+LATER = dict.fromkeys(("Attention", "RMSNormalization", "RotaryEmbedding", "TensorScatter"), "10.15")
+
+
+def ordered(version: str) -> tuple[int, ...]:
+    """(10, 3) for "10.3"."""
+    return tuple(int(part) for part in version.split("."))
+
+
+def newest_opset(version: str) -> int:
+    """The newest opset that a version documents."""
+    return [opset for since, opset in OPSETS.items() if ordered(since) <= ordered(version)][-1]
+
+
+RELEASES = {version: newest_opset(version) for version in ("10.3", "10.13", "10.16", "11.4")}
 
 
 def label(node: ir.Node) -> str:
@@ -60,31 +107,46 @@ def operator_problems(model: ir.Model) -> Iterator[str]:
                 yield problem(node, f"{DOMAIN}::{node.op_type} without a body", "a function of this model")
         elif node.domain:
             yield problem(node, f"the domain {node.domain}", f"the standard domain or {DOMAIN}")
-        elif node.op_type not in SINCE_10_0 and node.op_type not in LATER:
+        elif node.op_type not in OPERATORS:
             yield problem(node, "an operator outside the table", "one that TensorRT's parser is known to take")
 
 
 def supports(model: ir.Model) -> dict[str, str]:
-    """For every version of ``RELEASES``: "as written", or what has to be lowered for it.
+    """For every version of ``RELEASES``: "as written", or what has to be lowered for it."""
+    opset = model.opset_imports.get("", 0)
+    described = {}
+    for version in RELEASES:
+        target = target_opset(model, version)
+        reasons = [f"opset {opset} > {target}"] if opset > target else []
+        if lacks := missing(model, version):
+            reasons.append(", ".join(lacks))
+        described[version] = "; ".join(reasons) or AS_WRITTEN
+    return described
+
+
+def target_opset(model: ir.Model, version: str) -> int:
+    """The newest opset that a graph may have for a version.
 
     4-bit and blocked ``DequantizeLinear`` exist from opset 21 on only, and 10.x parsers take them under any opset
     (``QuantDequantLinearHelper`` of 10.1 looks at types and shapes alone), so such a graph may be of opset 21 anywhere.
     """
-    nodes = list(every_node(model))
-    opset = model.opset_imports.get("", 0)
-    blocked = any(node.op_type == "DequantizeLinear" and is_blocked(node) for node in nodes)
-    used = {node.op_type for node in nodes if not node.domain}
-    return {
-        version: lowering(opset, max(newest, BLOCKED_OPSET if blocked else 0), used, version)
-        for version, newest in RELEASES.items()
-    }
+    return max(newest_opset(version), BLOCKED_OPSET if is_blocked_graph(model) else 0)
 
 
-def lowering(opset: int, newest: int, used: set[str], version: str) -> str:
-    """What one version lacks, e.g. "opset 24 > 20; Attention, TensorScatter"."""
-    missing = sorted(name for name, since in LATER.items() if name in used and ordered(since) > ordered(version))
-    reasons = [f"opset {opset} > {newest}"] if opset > newest else []
-    return "; ".join([*reasons, *([", ".join(missing)] if missing else [])]) or AS_WRITTEN
+def missing(model: ir.Model, version: str) -> list[str]:
+    """Standard operators of a graph that a version does not know yet, sorted."""
+    used = {node.op_type for node in every_node(model) if not node.domain}
+    return sorted(name for name in used & LATER.keys() if not is_known(name, version))
+
+
+def is_known(operator: str, version: str) -> bool:
+    """Whether a version takes an operator of the table, in the opset that it takes."""
+    return ordered(LATER.get(operator, "0")) <= ordered(version)
+
+
+def is_blocked_graph(model: ir.Model) -> bool:
+    """Whether any weight of a graph is 4-bit or has a scale for every block."""
+    return any(node.op_type == "DequantizeLinear" and is_blocked(node) for node in every_node(model))
 
 
 def is_blocked(node: ir.Node) -> bool:
@@ -98,11 +160,6 @@ def is_blocked(node: ir.Node) -> bool:
 def constant(value: ir.Value | None) -> ir.TensorProtocol | None:
     """The tensor of an initializer or a Constant node."""
     return None if value is None else ir.convenience.get_const_tensor(value)
-
-
-def ordered(version: str) -> tuple[int, ...]:
-    """(10, 3) for "10.3"."""
-    return tuple(int(part) for part in version.split("."))
 
 
 def every_node(model: ir.Model) -> Iterator[ir.Node]:
