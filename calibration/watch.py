@@ -15,7 +15,7 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from runtime.backend import Array
+from runtime.backend import Array, Tensor
 from runtime.backend_ort import (
     EXACT_INT8,
     OrtBackend,
@@ -23,10 +23,11 @@ from runtime.backend_ort import (
     OrtGraph,
     create_session,
     products_saturate,
-    translated,
+    written,
 )
 from runtime.bundle import Bundle
 from runtime.errors import BackendError
+from runtime.ort_errors import translated
 
 __all__ = ["Form", "InMemory", "WatchingBackend", "loaded", "watched_session"]
 
@@ -144,17 +145,18 @@ class WatchingGraph(OrtGraph):
         self.look, self.done = look, done
         self.given, self.piece = outputs, piece
 
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Inputs by name -> outputs by name."""
+    def run(self, feeds: Mapping[str, Tensor], outputs: Mapping[str, Tensor] | None = None) -> dict[str, Array]:
+        """Inputs by name -> outputs by name; those given are written in place."""
         found: dict[str, list[Array]] = {name: [] for name in self.given}
-        for part in parts(feeds, self.piece):
+        taken = {name: np.asarray(value) for name, value in feeds.items()}
+        for part in parts(taken, self.piece):
             values = super().run(part)
             self.look(self.stage, part, values)
             for name, kept in found.items():
                 kept.append(values[name])
-        outputs = {name: kept[0] if len(kept) == 1 else np.concatenate(kept) for name, kept in found.items()}
-        self.done(self.stage, feeds, outputs)
-        return outputs
+        whole = {name: kept[0] if len(kept) == 1 else np.concatenate(kept) for name, kept in found.items()}
+        self.done(self.stage, taken, dict(whole))
+        return written(whole, outputs)
 
 
 def parts(feeds: Mapping[str, Array], piece: int | None) -> Iterator[Mapping[str, Array]]:

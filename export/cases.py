@@ -20,8 +20,9 @@ from export.evidence import Case
 from export.reference import Reference
 from runtime.answer import Stopwatch
 from runtime.backend import Array
+from runtime.batches import whole_groups
 from runtime.embedding import prompt_rows
-from runtime.engine import FRAME_BATCH, VideoQA
+from runtime.engine import VideoQA
 from runtime.errors import OptionError
 from runtime.positions import next_positions
 from runtime.preprocess import vision_feeds
@@ -108,10 +109,10 @@ class Comparer:
     def compared(self, subject: Subject, question: str) -> Case:
         """All rows of one question."""
         prompt = self.qa.prompt(question, subject.visuals)
-        if len(prompt.input_ids) + self.count > self.qa.bundle.manifest.context:
+        if len(prompt.input_ids) + self.count > self.qa.backend.limits.tokens:
             raise OptionError(
                 f"--tokens {self.count} after a prompt of {len(prompt.input_ids)} tokens do not fit into the context "
-                f"of {self.qa.bundle.manifest.context}; compare fewer"
+                f"of {self.qa.backend.limits.tokens}; compare fewer"
             )
         rows: list[Row] = []
         visual = self.seen(subject.feeds, rows)
@@ -217,14 +218,14 @@ class Comparer:
     def vision(self, feeds: Feeds) -> Floats:
         """The bundle's frame tokens (1, T, N, D), in the runtime's batches."""
         group = self.qa.bundle.manifest.frames.group
-        size = group * max(1, FRAME_BATCH // group)
+        size = whole_groups(self.qa.backend.limits.batch, group)
         starts = range(0, len(feeds["pixel_values"]), size)
         batches = [{name: value[at : at + size] for name, value in feeds.items()} for at in starts]
         return np.concatenate([self.graph("vision", **batch)["tokens"] for batch in batches])[None]
 
     def graph(self, stage: str, **feeds: Array) -> dict[str, Array]:
         """Run one of the bundle's graphs."""
-        return self.qa.run(stage, feeds, Stopwatch())
+        return {name: np.asarray(value) for name, value in self.qa.run(stage, feeds, Stopwatch()).items()}
 
 
 def filled_up(feeds: Feeds, group: int) -> Feeds:

@@ -1,7 +1,8 @@
 """ONNX Runtime behind the backend protocol, on the CPU or through the CUDA execution provider.
 
 The KV cache is bound as input and output of the same memory, so that the graph's TensorScatter writes in place. Opens
-a graph when it is first needed. Chooses no frames and knows no tokens.
+a graph when it is first needed. On the CPU tensors are NumPy arrays, on a GPU they stay there between stages
+(``ort_device``). Chooses no frames and knows no tokens.
 """
 
 from __future__ import annotations
@@ -9,34 +10,30 @@ from __future__ import annotations
 import functools
 import platform
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
-from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
-from runtime.backend import Array, BackendName
+from runtime.backend import Array, Decoder, Graph, Tensor
 from runtime.bundle import Bundle
+from runtime.dtypes import name_of_ort
 from runtime.errors import BackendError
+from runtime.kv_cache import cache_dtype, grown, step_feeds
+from runtime.limits import limits_of
 from runtime.manifest import Manifest, StageSpec, TensorSpec
+from runtime.ort_device import SILENT, OrtDeviceGraph, device_empty
+from runtime.ort_errors import ort_errors, translated
+from runtime.ort_provider import PROVIDERS, attention_note
 
-__all__ = ["OrtBackend", "choose_provider"]
+if TYPE_CHECKING:
+    from runtime.ort_decoders import SharedByDecoders
 
-ORT_ERRORS: tuple[type[Exception], ...] = (  # its own share no base class, its bindings raise Python's
-    RuntimeError,
-    ValueError,
-    *(error for error in vars(ort_errors).values() if isinstance(error, type) and issubclass(error, Exception)),
-)
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-SILENT = 4  # only fatal messages: everything else arrives as an exception
-CACHE_BLOCK = 64  # tokens: sizes of the cache are rounded up so that questions of similar length reuse memory
-ANSWER_ROOM = 128  # tokens of an answer before the cache grows for the first time
-MESSAGE_PREFIX = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
-MESSAGE_LENGTH = 300  # characters; ONNX Runtime names C++ functions at length
+__all__ = ["OrtBackend", "ort_errors", "translated"]
+
 # ONNX Runtime 1.27 and later cast weights once, while loading, up to 1 GiB unless told otherwise; a head of 152064
 # tokens and 3584 channels would be cast for every token. Earlier releases know neither the limit nor the key.
 CAST_LIMIT = ("optimization.constant_folding_max_output_size_in_bytes", str(2**34))
@@ -45,72 +42,66 @@ CAST_LIMIT = ("optimization.constant_folding_max_output_size_in_bytes", str(2**3
 EXACT_INT8 = ("session.x64quantprecision", "1")
 VNNI = {"avx512_vnni", "avx_vnni"}  # as Linux calls them
 CPUINFO = Path("/proc/cpuinfo")
-# Of the KV cache: its number in ONNX, and what holds it here. NumPy has no bfloat16, whose zero is 16 zero bits too.
-CACHE_DTYPES: dict[str, tuple[int, np.dtype[Any]]] = {
-    "float32": (1, np.dtype(np.float32)),
-    "float16": (10, np.dtype(np.float16)),
-    "bfloat16": (16, np.dtype(np.uint16)),
-}
-ELEMENTS = {"float": "float32", "double": "float64"}  # where ONNX Runtime's names are not the manifest's
-
-
-def choose_provider(name: BackendName) -> str:
-    """Resolve "auto" and check that the device is there: "cpu" or "cuda"."""
-    available = ort.get_available_providers()
-    if name == "auto":
-        return "cuda" if PROVIDERS["cuda"] in available and cuda_starts() else "cpu"
-    if name not in PROVIDERS:
-        raise BackendError(f"unknown backend {name!r}; choose one of auto, {', '.join(PROVIDERS)}")
-    if PROVIDERS[name] not in available:
-        raise BackendError(
-            f"backend {name!r} needs ONNX Runtime's {PROVIDERS[name]}, found {', '.join(available)}; "
-            "replace onnxruntime by onnxruntime-gpu as README says, or use --backend cpu"
-        )
-    return name
-
-
-def cuda_starts() -> bool:
-    """Whether a device takes memory; that the library was built for one says nothing about this machine."""
-    try:
-        ort.OrtValue.ortvalue_from_numpy(np.zeros(1, np.float32), "cuda", 0)
-    except ORT_ERRORS:
-        return False
-    return True
-
-
-@contextmanager
-def translated(what: str, advice: str) -> Iterator[None]:
-    """Turn ONNX Runtime's errors, and a memory that does not suffice, into ``BackendError``."""
-    try:
-        yield
-    except MemoryError as error:
-        raise BackendError(f"not enough memory to {what}; use fewer frames or tokens") from error
-    except ORT_ERRORS as error:
-        reason = MESSAGE_PREFIX.sub("", str(error))
-        raise BackendError(f"ONNX Runtime failed to {what}: {reason:.{MESSAGE_LENGTH}}; {advice}") from error
 
 
 class OrtBackend:
     """The graphs of one bundle in ONNX Runtime."""
 
-    def __init__(self, bundle: Bundle, name: str, threads: int | None) -> None:
+    def __init__(
+        self, bundle: Bundle, name: str, threads: int | None, *, reason: str = "", cuda_graph: bool = False
+    ) -> None:
+        """Open nothing yet.
+
+        Args:
+            bundle: a checked bundle.
+            name: "cpu" or "cuda".
+            threads: compute threads on the CPU; None takes one per core.
+            reason: why it is this one.
+            cuda_graph: decode as a CUDA graph.
+        """
         self.name = name
+        self.reason = reason
+        self.notes: list[str] = [attention_note()] if name == "cuda" and attention_note() else []
+        self.limits = limits_of(bundle.manifest)
         self.bundle = bundle
         self.threads = threads
+        self.on_device = name != "cpu"
+        self.cuda_graph = cuda_graph
+        self.shared: SharedByDecoders | None = None
         self.sessions: dict[str, ort.InferenceSession] = {}
         self.closed = False
 
-    def graph(self, stage: str) -> OrtGraph:
+    def graph(self, stage: str) -> Graph:
         """The stage's graph, opened on first use and kept."""
-        return OrtGraph(self.session(stage), stage)
+        session = self.session(stage)
+        if self.on_device:
+            return OrtDeviceGraph(session, stage, self.bundle.manifest.stages[stage], self.name)
+        return OrtGraph(session, stage)
 
-    def decoder(self, capacity: int) -> OrtDecoder:
+    def decoder(self, capacity: int) -> Decoder:
         """A decoder with an empty cache of its own, which may come to hold ``capacity`` tokens."""
-        return OrtDecoder(self.session("decode"), self.bundle.manifest, self.name, capacity)
+        session, manifest = self.session("decode"), self.bundle.manifest
+        if self.on_device or self.cuda_graph:
+            from runtime.ort_decoders import OrtDeviceDecoder, OrtGraphDecoder, SharedByDecoders
+
+            self.shared = self.shared or SharedByDecoders()
+            kind = OrtGraphDecoder if self.cuda_graph else OrtDeviceDecoder
+            return kind(session, manifest, self.name, capacity, self.shared)
+        return OrtDecoder(session, manifest, self.name, capacity)
+
+    def empty(self, shape: tuple[int, ...]) -> Tensor:
+        """Memory for float32 values where the graphs compute."""
+        if self.on_device:
+            return device_empty(shape, np.dtype(np.float32), self.name)
+        return np.empty(shape, np.float32)
+
+    def finish(self) -> None:
+        """Nothing is left to wait for: ONNX Runtime waits for every run."""
 
     def close(self) -> None:
         """Free all sessions."""
         self.closed = True
+        self.shared = None
         self.sessions.clear()
 
     def session(self, stage: str) -> ort.InferenceSession:
@@ -125,7 +116,8 @@ class OrtBackend:
                     "export with --dtype float32"
                 )
             paths = [self.bundle.path(file) for file in (spec.file, *spec.older)]
-            session = first_session(paths, self.name, self.threads, w8a8_entries(spec))
+            captured = self.cuda_graph and stage == "decode"
+            session = first_session(paths, self.name, self.threads, w8a8_entries(spec), captured)
             check_tensors(session, spec)
             self.sessions[stage] = session
         return self.sessions[stage]
@@ -150,13 +142,15 @@ def products_saturate() -> bool:
 
 
 def first_session(
-    paths: list[Path], name: str, threads: int | None, entries: Mapping[str, str]
+    paths: list[Path], name: str, threads: int | None, entries: Mapping[str, str], cuda_graph: bool
 ) -> ort.InferenceSession:
     """Load the first of several forms of a graph whose opset this ONNX Runtime knows."""
+    # Its CUDA provider refuses to capture a graph of which it leaves any node to the CPU.
+    advice = "leave out --cuda-graph" if cuda_graph else "export the bundle again"
     for path in paths:
         try:
-            with translated(f"load {path.name}", "export the bundle again, or install a newer onnxruntime"):
-                return create_session(path, name, threads, entries)
+            with translated(f"load {path.name}", f"{advice}, or install a newer onnxruntime"):
+                return create_session(path, name, threads, entries, cuda_graph)
         except BackendError as error:
             if path == paths[-1] or "opset" not in str(error.__cause__).lower():
                 raise
@@ -164,7 +158,11 @@ def first_session(
 
 
 def create_session(
-    graph: Path | bytes, name: str, threads: int | None, entries: Mapping[str, str] | None = None
+    graph: Path | bytes,
+    name: str,
+    threads: int | None,
+    entries: Mapping[str, str] | None = None,
+    cuda_graph: bool = False,
 ) -> ort.InferenceSession:
     """Load one graph; ONNX Runtime itself would go on quietly on the CPU where the device does not start.
 
@@ -173,6 +171,7 @@ def create_session(
         name: "cpu" or "cuda".
         threads: compute threads on the CPU.
         entries: further session configuration entries of ONNX Runtime.
+        cuda_graph: let runs be captured and replayed; only for "cuda".
     """
     options = ort.SessionOptions()
     options.log_severity_level = SILENT
@@ -180,7 +179,8 @@ def create_session(
         options.add_session_config_entry(*entry)
     if threads is not None:
         options.intra_op_num_threads = threads
-    providers = [PROVIDERS[name]] + ([PROVIDERS["cpu"]] if name != "cpu" else [])
+    options_of_provider = {"enable_cuda_graph": "1"} if cuda_graph and name == "cuda" else {}
+    providers = [(PROVIDERS[name], options_of_provider)] + ([(PROVIDERS["cpu"], {})] if name != "cpu" else [])
     source = graph if isinstance(graph, bytes) else str(graph)
     session = ort.InferenceSession(source, options, providers=providers)
     if PROVIDERS[name] not in session.get_providers():
@@ -202,10 +202,9 @@ def check_tensors(session: ort.InferenceSession, spec: StageSpec) -> None:
 
 def is_as_said(node: ort.NodeArg, tensor: TensorSpec) -> bool:
     """Same dtype, same rank, and the same numbers where both have one."""
-    element = node.type.removeprefix("tensor(").removesuffix(")")
     axes = zip(node.shape, tensor.shape, strict=False)
     return (
-        ELEMENTS.get(element, element) == tensor.dtype
+        name_of_ort(node.type) == tensor.dtype
         and len(node.shape) == len(tensor.shape)
         and all(a == b for a, b in axes if isinstance(a, int) and isinstance(b, int))
     )
@@ -219,23 +218,23 @@ class OrtGraph:
         self.stage = stage
         self.outputs = [output.name for output in session.get_outputs()]
 
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Inputs by name -> outputs by name."""
+    def run(self, feeds: Mapping[str, Tensor], outputs: Mapping[str, Tensor] | None = None) -> dict[str, Array]:
+        """Inputs by name -> outputs by name; those given are written in place."""
         options = ort.RunOptions()
         options.log_severity_level = SILENT
+        arrays = {name: np.asarray(value) for name, value in feeds.items()}
         with translated(f"run {self.stage}", "use fewer frames, or open with --verify"):
-            values = self.session.run(self.outputs, dict(feeds), options)
-        return dict(zip(self.outputs, values, strict=True))
+            values = self.session.run(self.outputs, arrays, options)
+        return written(dict(zip(self.outputs, values, strict=True)), outputs)
 
 
-def cache_dtype(spec: StageSpec) -> tuple[int, np.dtype[Any]]:
-    """The number of the cache's dtype in ONNX, and what holds it."""
-    dtype = next(tensor.dtype for tensor in spec.inputs if tensor.name == "past_key.0")
-    if dtype not in CACHE_DTYPES:
-        raise BackendError(
-            f"{spec.file} has a KV cache of {dtype}, expected {', '.join(CACHE_DTYPES)}; export the bundle again"
-        )
-    return CACHE_DTYPES[dtype]
+def written(values: dict[str, Array], targets: Mapping[str, Tensor] | None) -> dict[str, Array]:
+    """Outputs, of which some are copied into arrays that were given."""
+    for name, target in (targets or {}).items():
+        assert isinstance(target, np.ndarray), "without a device all tensors are arrays"
+        np.copyto(target, values[name])
+        values[name] = target
+    return values
 
 
 class OrtDecoder:
@@ -247,6 +246,7 @@ class OrtDecoder:
         self.length = 0
         self.room = 0  # tokens the cache can hold now
         self.device = "cuda" if name == "cuda" else "cpu"
+        self.outputs = [output.name for output in session.get_outputs()]
         self.shape = (1, manifest.heads_kv, manifest.head_dim)
         self.element, self.dtype = cache_dtype(manifest.stages["decode"])
         caches = [cache for i in range(manifest.layers) for cache in (f"key.{i}", f"value.{i}")]
@@ -261,12 +261,9 @@ class OrtDecoder:
         rows = len(embeds)
         assert self.length + rows <= self.capacity, "the caller sizes the cache"
         if self.length + rows > self.room:
-            self.grow(max(2 * self.room, rows + ANSWER_ROOM))
-        feeds = {  # named until the run ends: the binding borrows their memory
-            "inputs_embeds": np.ascontiguousarray(embeds[None]),
-            "position_ids": np.ascontiguousarray(position_ids if len(position_ids) == 1 else position_ids[:, None]),
-            "write_index": np.array([self.length], np.int64),
-        }
+            self.grow(grown(self.room, rows, self.capacity))
+        # Kept until the run ends: the binding borrows their memory.
+        feeds = step_feeds(embeds, position_ids, self.length)
         with translated("run decode", "use fewer frames or tokens, or open with --verify"):
             for name, value in feeds.items():
                 self.binding.bind_cpu_input(name, value)
@@ -277,14 +274,19 @@ class OrtDecoder:
         return logits
 
     def grow(self, room: int) -> None:
-        """Move to a cache of ``room`` tokens, at most the capacity; one tensor is held twice at a time."""
-        self.room = min(-(-room // CACHE_BLOCK) * CACHE_BLOCK, self.capacity)
+        """Move to a cache of ``room`` tokens; one tensor is held twice at a time."""
+        self.room = room
         with translated(f"allocate a KV cache of {self.room} tokens", "use fewer frames or tokens"):
             for name, value in self.cache.items():
-                self.cache[name] = value = self.moved(value)
-                memory = (self.device, 0, self.element, value.shape(), value.data_ptr())
-                self.binding.bind_input(f"past_{name}", *memory)
-                self.binding.bind_output(f"present_{name}", *memory)
+                self.cache[name] = self.moved(value)
+            self.bind_cache(self.binding, self.cache)
+
+    def bind_cache(self, binding: ort.IOBinding, cache: Mapping[str, ort.OrtValue]) -> None:
+        """Have the graph read and write the same memory."""
+        for name, value in cache.items():
+            memory = (self.device, 0, self.element, value.shape(), value.data_ptr())
+            binding.bind_input(f"past_{name}", *memory)
+            binding.bind_output(f"present_{name}", *memory)
 
     def moved(self, value: ort.OrtValue | None) -> ort.OrtValue:
         """A cache tensor of ``room`` tokens, zero behind what ``value`` holds: what is masked must still be finite."""

@@ -27,7 +27,7 @@ import msgspec
 from runtime.backend import BACKENDS
 from runtime.errors import DependencyError, LinvtError
 
-__all__ = ["Parser", "add_backend_options", "ascii_json", "guarded", "printable", "require_extra"]
+__all__ = ["Parser", "add_backend_options", "ascii_json", "backend_options", "guarded", "printable", "require_extra"]
 
 INTERRUPTED = 130
 TERMINATED = 143
@@ -42,11 +42,18 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_backend_options(parser: argparse.ArgumentParser) -> None:
-    """``--backend``, ``--threads`` and ``--verify``."""
+    """``--backend`` and what goes with it; ``backend_options`` reads them."""
     group = parser.add_argument_group("where it runs")
     group.add_argument("--backend", choices=BACKENDS, default="auto", help="default: the best one present")
     group.add_argument("--threads", type=int, metavar="N", help="compute threads on the CPU; default: one per core")
+    group.add_argument("--low-memory", action="store_true", help="hold one TensorRT engine at a time")
+    group.add_argument("--cuda-graph", action="store_true", help="with CUDA: decode as one CUDA graph")
     group.add_argument("--verify", action="store_true", help="hash every file of the bundle again")
+
+
+def backend_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What ``add_backend_options`` parsed, as ``VideoQA.open`` takes it."""
+    return {name: getattr(arguments, name) for name in ("backend", "threads", "low_memory", "cuda_graph", "verify")}
 
 
 def require_extra(extra: str, packages: Sequence[str]) -> None:

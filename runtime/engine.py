@@ -10,20 +10,20 @@ Knows no inference library (``backend``), no container format (``video``) and no
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runtime.answer import Answer, FinishReason, Progress, Stopwatch, Stream
-from runtime.backend import Array, Backend, BackendName, open_backend
+from runtime.backend import Backend, BackendName, Tensor, open_backend
+from runtime.batches import FRAME_BATCH, batches
 from runtime.bundle import Bundle
 from runtime.detokenize import Detokenizer
 from runtime.embedding import EmbeddingTable, prompt_rows
-from runtime.errors import BackendError, BundleError, OptionError, QuestionError
+from runtime.errors import BackendError, OptionError, QuestionError
+from runtime.limits import REBUILD, check_frames, check_text
 from runtime.options import GenerationOptions, Sampling
 from runtime.positions import next_positions
 from runtime.preprocess import vision_feeds
@@ -33,10 +33,9 @@ from runtime.text import Prompt, PromptBuilder, Turn, Visuals
 from runtime.video import FrameChoice, choose, open_source
 from runtime.video.images import picture
 from runtime.video.source import ImageLike, VideoLike
+from runtime.words import open_words
 
-__all__ = ["Images", "Video", "VideoQA"]
-
-FRAME_BATCH = 4  # frames decoded, resized and sent through vision together
+__all__ = ["FRAME_BATCH", "Images", "Video", "VideoQA"]
 
 
 class VideoQA:
@@ -61,22 +60,30 @@ class VideoQA:
         backend: BackendName = "auto",
         threads: int | None = None,
         verify: bool = False,
+        low_memory: bool = False,
+        cuda_graph: bool = False,
     ) -> VideoQA:
         """Open the bundle at a path; "demo" names the one that ships with the package.
 
         Args:
             bundle: the bundle's folder.
-            backend: "cpu", "cuda", or "auto" for the best one present.
+            backend: "cpu", "cuda", "tensorrt", or "auto" for the best one present.
             threads: compute threads on the CPU; None takes one per core.
             verify: hash all files again even if they were found good before.
+            low_memory: hold one TensorRT engine at a time.
+            cuda_graph: decode as a CUDA graph; TensorRT does so anyway.
 
         Raises:
             BundleError: not a bundle, or a damaged one.
             BackendError: the backend is not available.
-            OptionError: ``threads`` is out of range.
+            DependencyError: TensorRT was asked for and is not installed.
+            OptionError: ``threads`` is out of range, or an option means nothing to the backend.
         """
         checked = Bundle.open(bundle, verify=verify)
-        return cls.over(checked, open_backend(checked, backend, threads=threads))
+        opened = open_backend(
+            checked, backend, threads=threads, low_memory=low_memory, cuda_graph=cuda_graph, verify=verify
+        )
+        return cls.over(checked, opened)
 
     @classmethod
     def over(cls, checked: Bundle, backend: Backend) -> VideoQA:
@@ -85,12 +92,7 @@ class VideoQA:
         Raises:
             BundleError: its tokenizer, template or embedding table is damaged.
         """
-        template = read_text(checked.path("chat_template.jinja"))
-        manifest = checked.manifest
-        prompts = PromptBuilder(checked.path("tokenizer.json"), template, manifest.prompt, manifest.positions)
-        table = EmbeddingTable.open(checked.path("embedding.safetensors"))
-        check_table(table, checked)
-        return cls(checked, backend, prompts, table)
+        return cls(checked, backend, *open_words(checked))
 
     def __enter__(self) -> VideoQA:
         return self
@@ -180,37 +182,52 @@ class VideoQA:
         self, source: VideoLike, timestamps: NDArray[np.float64], choice: FrameChoice
     ) -> NDArray[np.int64]:
         """Indices of the frames to take; an array that fits is taken whole: its owner chose the frames."""
-        spec, count = self.bundle.manifest.frames, len(timestamps)
-        fits = spec.minimum <= count and (count <= spec.maximum or self.bundle.manifest.linvt is None)
-        if isinstance(source, np.ndarray) and choice == FrameChoice() and fits:
-            return np.arange(count)
-        return choose(timestamps, choice, minimum=spec.minimum, default=spec.default, maximum=spec.maximum)
-
-    def frame_tokens(self, frames: Iterable[NDArray[np.uint8]], count: int, watch: Stopwatch) -> NDArray[np.float32]:
-        """Frames, one batch in memory at a time -> tokens (1, T, N, D), a set for every group of frames."""
-        manifest = self.bundle.manifest
+        manifest, limits, count = self.bundle.manifest, self.backend.limits, len(timestamps)
         spec = manifest.frames
-        tokens = np.empty((1, spec.sets(count), spec.tokens, manifest.width), np.float32)
-        for start, batch in batches(frames, spec.group):
+        minimum = max(spec.minimum, min(limits.least_frames, spec.maximum))
+        fits = minimum <= count and (count <= spec.maximum or manifest.linvt is None)
+        if isinstance(source, np.ndarray) and choice == FrameChoice() and fits:
+            indices = np.arange(count)
+        else:
+            default = max(minimum, min(spec.default, limits.frames))
+            indices = choose(timestamps, choice, minimum=minimum, default=default, maximum=spec.maximum)
+        check_frames(len(indices), limits, manifest)
+        return indices
+
+    def frame_tokens(self, frames: Iterable[NDArray[np.uint8]], count: int, watch: Stopwatch) -> Tensor:
+        """Frames, one batch in memory at a time -> tokens (1, T, N, D) f32, a set for every group of frames.
+
+        A device encodes a batch while the next one is decoded; what it takes longer counts for vision.
+        """
+        manifest, limits = self.bundle.manifest, self.backend.limits
+        spec = manifest.frames
+        sets, filled = spec.sets(count), max(0, limits.least_batch // spec.group - 1)
+        tokens = self.backend.empty((sets + filled, spec.tokens, manifest.width))
+        for start, batch in batches(frames, spec.group, limits.batch, limits.least_batch):
             with watch("preprocess"):
                 feeds = vision_feeds(batch, manifest.preprocess)
-            outputs = self.run("vision", feeds, watch)
-            tokens[0, start : start + len(batch) // spec.group] = outputs["tokens"]
-        return tokens
+            self.run("vision", feeds, watch, {"tokens": tokens[start : start + len(batch) // spec.group]})
+        with watch("vision"):
+            self.backend.finish()
+        return tokens[:sets].reshape(1, sets, spec.tokens, manifest.width)
 
-    def refine(self, tokens: NDArray[np.float32], watch: Stopwatch) -> NDArray[np.float32]:
+    def refine(self, tokens: Tensor, watch: Stopwatch) -> Tensor:
         """Frame tokens (1, T, N, D) -> the features a ``Video`` keeps."""
         if self.bundle.manifest.linvt is None:
             return tokens.reshape(1, -1, tokens.shape[-1])
-        visual: NDArray[np.float32] = self.run("refine", {"tokens": tokens}, watch)["visual"]
+        visual = self.run("refine", {"tokens": tokens}, watch)["visual"]
+        with watch("refine"):
+            self.backend.finish()
         return visual
 
-    def run(self, stage: str, feeds: dict[str, Array], watch: Stopwatch) -> dict[str, Array]:
+    def run(
+        self, stage: str, feeds: Mapping[str, Tensor], watch: Stopwatch, outputs: Mapping[str, Tensor] | None = None
+    ) -> Mapping[str, Tensor]:
         """Run one graph; loading it, the first time, counts for itself."""
         with watch("load"):
             graph = self.backend.graph(stage)
         with watch(stage):
-            return graph.run(feeds)
+            return graph.run(feeds, outputs)
 
     def ask(
         self,
@@ -254,6 +271,7 @@ class VideoQA:
         self.prompts.check(question, system=system, history=history)
         watch = Stopwatch()
         if not isinstance(seen, Seen):
+            self.check_text(question)
             seen = self.video(seen)
             watch = Stopwatch(dict(seen.milliseconds))
         if seen.bundle != self.bundle.identity:
@@ -264,19 +282,33 @@ class VideoQA:
         pieces = self.generate(prompt, seen, sampling, watch, progress)
         return Stream(pieces, progress, lambda text, done: finished(text, done, prompt, seen, watch))
 
+    def check_text(self, question: str) -> None:
+        """Refuse a question that LinVT's engine would not take, before its video is looked at.
+
+        Raises:
+            QuestionError: it is too long.
+        """
+        if self.bundle.manifest.prompt.text_input == "question":
+            tokens = self.prompts.tokenizer.encode(question, add_special_tokens=False).ids
+            check_text(len(tokens), self.backend.limits, self.bundle.manifest)
+
     def prompt(
         self, question: str, visuals: Visuals, *, system: str | None = None, history: Sequence[Turn] = ()
     ) -> Prompt:
         """Tokenise a question about what was seen; it must leave room for an answer in the context."""
-        context = self.bundle.manifest.context
+        context, limits = self.bundle.manifest.context, self.backend.limits
         prompt = self.prompts.build(question, visuals, system=system, history=history)
         length = len(prompt.input_ids)
-        if length >= context:
+        if length >= limits.tokens:
             fewer = {"image": " or take fewer pictures", "video": " or take fewer frames"}[visuals.kind]
+            holder = "the model's context holds" if limits.tokens == context else "the engines here hold"
+            more = "" if limits.tokens == context else f", or {REBUILD} --max tokens={min(2 * length, context)}"
             raise QuestionError(
-                f"question and {visuals.kind} make {length} tokens, the model's context holds {context} with the "
-                f"answer; shorten the question{fewer if visuals.on_grid else ''}"
+                f"question and {visuals.kind} make {length} tokens, {holder} {limits.tokens} with the answer; "
+                f"shorten the question{fewer if visuals.on_grid else ''}{more}"
             )
+        if visuals.kind == "video":
+            check_text(len(prompt.text_ids), limits, self.bundle.manifest)
         return prompt
 
     def generate(
@@ -284,7 +316,7 @@ class VideoQA:
     ) -> Iterator[str]:
         """Prefill, then one token after the other until a stop token, the limit or the context's end."""
         length = len(prompt.input_ids)
-        limit = min(sampling.max_new_tokens, self.bundle.manifest.context - length)
+        limit = min(sampling.max_new_tokens, self.backend.limits.tokens - length)
         stops = () if sampling.ignore_eos else self.bundle.manifest.prompt.stop_ids
         sampler, text = Sampler(sampling), Detokenizer(self.prompts.tokenizer)
         with watch("prompt"):
@@ -317,25 +349,13 @@ class VideoQA:
     def visual_rows(self, prompt: Prompt, seen: Seen, watch: Stopwatch) -> NDArray[np.float32]:
         """What the LLM sees: (Q, D) of a video with LinVT, (sets * N, D) otherwise."""
         if isinstance(seen, Images) or self.bundle.manifest.linvt is None:
-            kept: NDArray[np.float32] = seen.features[0]
+            kept: NDArray[np.float32] = np.asarray(seen.features)[0]
             return kept
-        feeds = {"visual": seen.features, "text": self.table.rows(prompt.text_ids)[None]}
-        tokens: NDArray[np.float32] = self.run("aggregate", feeds, watch)["tokens"][0]
+        feeds: dict[str, Tensor] = {"visual": seen.features, "text": self.table.rows(prompt.text_ids)[None]}
+        found = self.run("aggregate", feeds, watch)["tokens"]
+        with watch("aggregate"):
+            tokens: NDArray[np.float32] = np.asarray(found)[0]
         return tokens
-
-
-def batches(frames: Iterable[NDArray[np.uint8]], group: int) -> Iterator[tuple[int, list[NDArray[np.uint8]]]]:
-    """Whole groups of frames, about ``FRAME_BATCH`` frames at a time, each with the number of its first group.
-
-    The last frame is repeated where it ends an incomplete group.
-    """
-    size = group * max(1, FRAME_BATCH // group)
-    rest = iter(frames)
-    start = 0
-    while batch := list(islice(rest, size)):
-        batch += [batch[-1]] * (-len(batch) % group)
-        yield start, batch
-        start += len(batch) // group
 
 
 def finished(text: str, progress: Progress, prompt: Prompt, seen: Seen, watch: Stopwatch) -> Answer:
@@ -353,23 +373,3 @@ def finished(text: str, progress: Progress, prompt: Prompt, seen: Seen, watch: S
         first_token_ms=progress.first_token_ms,
         tokens_per_second=after_first / seconds if seconds else 0.0,
     )
-
-
-def check_table(table: EmbeddingTable, bundle: Bundle) -> None:
-    """Every token the LLM can produce has a row, of the LLM's width."""
-    manifest = bundle.manifest
-    logits = next(spec for spec in manifest.stages["decode"].outputs if spec.name == "logits")
-    vocabulary = logits.shape[-1]
-    if table.width != manifest.width or (isinstance(vocabulary, int) and table.vocabulary < vocabulary):
-        raise BundleError(
-            f"{bundle.folder}: embedding.safetensors is ({table.vocabulary}, {table.width}), bundle.json says "
-            f"({vocabulary}, {manifest.width}); the files do not belong together, export the bundle again"
-        )
-
-
-def read_text(path: Path) -> str:
-    """A text file of the bundle."""
-    try:
-        return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BundleError(f"{path} is not readable as text: {error}; export the bundle again") from error

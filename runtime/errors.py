@@ -5,7 +5,7 @@
     ├── BundleError            the bundle is missing, damaged, unsafe or of another format
     ├── VideoError             the video cannot be opened, decoded or sampled
     ├── QuestionError          the question is empty, too long or holds reserved tokens
-    ├── BackendError           the execution provider is absent or a graph failed to run
+    ├── BackendError           a device or library is absent, an engine does not fit, or a graph failed to run or build
     ├── CheckpointError        the checkpoint is of an unknown family or its tensors do not fit
     ├── CalibrationError       clips, scales or activations a bundle cannot be quantised with, or a target missed
     ├── OutputError            the target exists, cannot be written or the disk is full
@@ -44,7 +44,7 @@ class QuestionError(LinvtError):
 
 
 class BackendError(LinvtError):
-    """The execution provider is absent or a graph failed to run."""
+    """A device or library is absent, an engine does not fit, or a graph failed to run or to be built."""
 
 
 class CheckpointError(LinvtError):

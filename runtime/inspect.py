@@ -1,6 +1,6 @@
-"""``python -m runtime.inspect BUNDLE``: what is inside a bundle, and what was proven about it.
+"""``python -m runtime.inspect BUNDLE``: what is inside a bundle, what was proven about it, and which engines it has.
 
-Opens no graph.
+Opens no graph and no engine.
 """
 
 # ruff: noqa: T201  a command prints
@@ -17,12 +17,12 @@ import msgspec
 from runtime.bundle import EVIDENCE, Bundle
 from runtime.cli import Parser, ascii_json, guarded, printable
 from runtime.errors import BundleError
-from runtime.manifest import JSON_ERRORS, Manifest, QuantizedSpec, TensorSpec
+from runtime.inspect_engines import engine_lines, engine_sets
+from runtime.manifest import JSON_ERRORS, STAGES, Manifest, QuantizedSpec, TensorSpec
 
 __all__ = ["main", "read_evidence"]
 
 PROGRAM = "linvt-inspect"
-STAGES = ("vision", "refine", "aggregate", "decode")  # in the order in which a video meets them
 
 
 class Tolerance(msgspec.Struct):
@@ -56,10 +56,13 @@ def show(path: str, as_json: bool, verify: bool) -> int:
     """Check the bundle and print it."""
     bundle = Bundle.open(path, verify=verify)
     evidence = read_evidence(bundle)
+    engines = engine_sets(bundle)
     if as_json:
-        print(ascii_json({"manifest": bundle.manifest, "evidence": evidence}))
+        content = {"manifest": bundle.manifest, "evidence": evidence}
+        print(ascii_json({**content, "engines": engines} if engines else content))
     else:
-        print("\n".join(map(printable, lines(bundle, evidence))))
+        words = [*lines(bundle, evidence), *(line for found in engines for line in engine_lines(found))]
+        print("\n".join(map(printable, words)))
     return 0
 
 

@@ -51,6 +51,7 @@ SHA256 = re.compile("[0-9a-f]{64}")
 Dtype = Literal["float32", "float16", "bfloat16", "int64", "int32", "bool"]
 Compute = Literal["float32", "float16", "bfloat16"]
 Storage = Literal["float32", "float16", "bfloat16", "int8", "int4"]
+STAGES = ("vision", "refine", "aggregate", "decode")  # in the order in which a video meets them
 
 
 class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

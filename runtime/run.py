@@ -15,7 +15,7 @@ from pathlib import Path
 
 from runtime.answer import Answer
 from runtime.bundle import DEMO, DEMOS
-from runtime.cli import Parser, add_backend_options, ascii_json, guarded, printable
+from runtime.cli import Parser, add_backend_options, ascii_json, backend_options, guarded, printable
 from runtime.engine import VideoQA
 from runtime.options import GenerationOptions
 from runtime.seen import Images, Seen
@@ -114,15 +114,18 @@ def add_generation_options(parser: argparse.ArgumentParser) -> list[str]:
 def run(config: RunConfig) -> int:
     """Open, look, answer, print."""
     arguments = config.arguments
-    with VideoQA.open(
-        arguments.bundle, backend=arguments.backend, threads=arguments.threads, verify=arguments.verify
-    ) as qa:
+    with VideoQA.open(arguments.bundle, **backend_options(arguments)) as qa:
         question = SAMPLE_QUESTION if arguments.question is None else arguments.question
         qa.prompts.check(question, system=arguments.system)
+        if not arguments.image:
+            qa.check_text(question)
         if arguments.verbose:
             note_settings(qa, config)
         seen = look(qa, arguments, question)
         answer = print_answer(qa, seen, question, config)
+        if arguments.verbose:
+            for note in qa.backend.notes:
+                print(printable(note), file=sys.stderr)
     if not arguments.json:
         print(timings(answer, seen), file=sys.stderr)
     return 0
@@ -199,8 +202,9 @@ def rounded(milliseconds: dict[str, float], digits: int = 3) -> dict[str, float]
 def note_settings(qa: VideoQA, config: RunConfig) -> None:
     """What is used, on stderr."""
     manifest = qa.bundle.manifest
-    bundle = printable(f"bundle {qa.bundle.folder}: {manifest.family}, backend {qa.backend.name}")
-    print(bundle, file=sys.stderr)
+    reason = f" ({qa.backend.reason})" if qa.backend.reason else ""
+    bundle = f"bundle {qa.bundle.folder}: {manifest.family}, backend {qa.backend.name}{reason}"
+    print(printable(bundle), file=sys.stderr)
     print(f"generation: {config.generation.resolve(manifest.generation)}", file=sys.stderr)
     if ignored := config.generation.ignored(manifest.generation):
         print(f"without --do-sample these have no effect: {', '.join(ignored)}", file=sys.stderr)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.backend import Tensor
 from runtime.manifest import Manifest
 from runtime.text import Visuals
 
@@ -18,12 +19,13 @@ class Seen:
     """Features that questions can be asked about.
 
     Attributes:
-        features: (1, M, D) f32 of a video with LinVT, (1, sets * N, D) f32 otherwise.
+        features: (1, M, D) f32 of a video with LinVT, (1, sets * N, D) f32 otherwise, where the backend computes:
+            a NumPy array on the CPU, otherwise what ``np.asarray`` copies to one.
         milliseconds: time spent per stage.
         bundle: identity of the bundle that made the features.
     """
 
-    features: NDArray[np.float32]
+    features: Tensor
     milliseconds: dict[str, float]
     bundle: str = field(repr=False)
 

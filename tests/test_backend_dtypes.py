@@ -16,9 +16,10 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
-from runtime.backend_ort import ANSWER_ROOM, CACHE_BLOCK, CAST_LIMIT, OrtDecoder, check_tensors, create_session
+from runtime.backend_ort import CAST_LIMIT, OrtDecoder, check_tensors, create_session
 from runtime.bundle import bundle_path
 from runtime.errors import BackendError
+from runtime.kv_cache import ANSWER_ROOM, CACHE_BLOCK
 from runtime.manifest import Manifest, StageSpec, TensorSpec
 
 DTYPES = {

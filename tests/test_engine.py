@@ -10,14 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from videos import write_video
 
 import runtime.backend_ort
 import runtime.engine
+import runtime.kv_cache
+import runtime.ort_provider
 from runtime import Answer, BackendError, GenerationOptions, LinvtError, OptionError, QuestionError, Video, VideoQA
 from runtime.answer import Stopwatch
-from runtime.backend import Backend, Decoder, Graph, open_backend
+from runtime.backend import Backend, Decoder, Graph, Tensor, open_backend
 from tests.bundles import forge, replaced
+from tests.videos import write_video
 
 QUESTION = "What happens?"
 Recorded = Callable[[str], dict[str, Any]]
@@ -94,7 +96,7 @@ class CountingBackend:
 
     def __init__(self, inner: Backend) -> None:
         self.inner = inner
-        self.name = inner.name
+        self.name, self.reason, self.notes, self.limits = inner.name, inner.reason, inner.notes, inner.limits
         self.runs: dict[str, int] = {}
 
     def graph(self, stage: str) -> Graph:
@@ -104,6 +106,12 @@ class CountingBackend:
     def decoder(self, capacity: int) -> Decoder:
         self.runs["decode"] = self.runs.get("decode", 0) + 1
         return self.inner.decoder(capacity)
+
+    def empty(self, shape: tuple[int, ...]) -> Tensor:
+        return self.inner.empty(shape)
+
+    def finish(self) -> None:
+        self.inner.finish()
 
     def close(self) -> None:
         self.inner.close()
@@ -280,11 +288,11 @@ def test_a_cache_that_grows_gives_the_same_tokens(
     monkeypatch.setattr(
         runtime.backend_ort.OrtDecoder, "grow", lambda self, room: (grow(self, room), rooms.append(self.room))
     )
-    monkeypatch.setattr(runtime.backend_ort, "ANSWER_ROOM", 10**4)
+    monkeypatch.setattr(runtime.kv_cache, "ANSWER_ROOM", 10**4)
     at_once = qa.ask(video, question, tokens(700)).token_ids
     assert rooms == [794]  # 94 + 700: rounded up, but never past what can be needed
-    monkeypatch.setattr(runtime.backend_ort, "ANSWER_ROOM", 1)
-    monkeypatch.setattr(runtime.backend_ort, "CACHE_BLOCK", 1)
+    monkeypatch.setattr(runtime.kv_cache, "ANSWER_ROOM", 1)
+    monkeypatch.setattr(runtime.kv_cache, "CACHE_BLOCK", 1)
     rooms.clear()
     assert qa.ask(video, question, tokens(700)).token_ids == at_once
     assert rooms == [95, 190, 380, 760, 794]
@@ -347,7 +355,7 @@ def test_a_backend_that_is_not_there(linvt_bundle: Path) -> None:
 def test_auto_takes_the_cpu_where_cuda_does_not_start(linvt_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built_for = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: built_for)
-    if runtime.backend_ort.cuda_starts():
+    if not runtime.ort_provider.cuda_failure():
         pytest.skip("CUDA starts here")
     assert VideoQA.open(linvt_bundle).backend.name == "cpu"
 

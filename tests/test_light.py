@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from videos import write_video
+from tests.videos import write_video
 
 HEAVY = ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "huggingface_hub", "requests")
 HEAVY += ("sklearn", "scipy", "tqdm", "optimum", "export", "calibration")

@@ -16,10 +16,11 @@ from calibration.linears import grouped
 from calibration.plan import float_graph
 from calibration.watch import InMemory, WatchingBackend, watched_session
 from runtime.backend import Array
-from runtime.backend_ort import CACHE_BLOCK, OrtBackend
+from runtime.backend_ort import OrtBackend
 from runtime.bundle import Bundle
 from runtime.engine import VideoQA
 from runtime.errors import BackendError
+from runtime.kv_cache import CACHE_BLOCK
 from runtime.options import GenerationOptions
 
 Floats = NDArray[np.float32]
