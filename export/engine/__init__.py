@@ -1,0 +1,1 @@
+"""TensorRT engines of a bundle: shapes, memory, building, and what is kept beside them."""
