@@ -8,12 +8,12 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from videos import decode_all, number_of, numbered, trimmed, turned, write_video
 
 from runtime.video import FrameChoice, choose, open_source
 from runtime.video import container as container_module
 from runtime.video.decode import FrameReader
 from runtime.video.opening import packets_from
+from tests.videos import decode_all, number_of, numbered, trimmed, turned, write_video
 
 MANY = 120
 KINDS = {

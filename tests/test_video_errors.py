@@ -6,10 +6,10 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from videos import number_of, write_audio, write_video
 
 from runtime.errors import VideoError
 from runtime.video import open_source
+from tests.videos import number_of, write_audio, write_video
 
 SECONDS = 20
 RATE = 10

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from videos import number_of, numbered
 
 from runtime.errors import VideoError
 from runtime.video import FrameChoice, choose, open_source
+from tests.videos import number_of, numbered
 
 
 def save(path: Path, number: int, **options: object) -> Path:
