@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,11 @@ class Launch:
     scalars: tuple[int, ...]
     constants: dict[str, Any]
     pooled: tuple[int, int, int]
+
+
+def triton_spec() -> ModuleSpec | None:
+    """Where Triton is installed; tests do not import it themselves (conftest.py), the processes they start do."""
+    return PathFinder.find_spec("triton")
 
 
 def interpreted(launches: list[Launch], inputs: list[tuple[Array, Array]], folder: Path) -> list[Array]:

@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
 import msgspec
@@ -19,8 +18,10 @@ import pytest
 from kernels.compile import ISA, check, cleaned, file_name, main, write
 from kernels.ptx import ARGUMENTS, ENTRY, INDEX, SHIPPED, Kernel, KernelError, find, read_index
 from kernels.spec import DTYPES
+from tests.kernel_interpreter import triton_spec
 
 SCALES = (1, 2, 4)
+NEEDS_TRITON = pytest.mark.skipif(triton_spec() is None, reason="Triton is not installed")
 
 
 def compiled(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -182,8 +183,8 @@ def test_a_kernel_that_could_not_be_launched_is_refused(old: str, new: str, foun
         check(text.replace(old, new), 90, 2)
 
 
+@NEEDS_TRITON
 def test_compiling_again_gives_the_shipped_files(tmp_path: Path) -> None:
-    pytest.importorskip("triton", reason="Triton is not installed")
     done = compiled(tmp_path, "--sm", "80", "87", "90")
     assert done.returncode == 0, done.stderr[-2000:]
     found, shipped = read_index(tmp_path), read_index(SHIPPED)
@@ -197,8 +198,8 @@ def test_compiling_again_gives_the_shipped_files(tmp_path: Path) -> None:
             assert (tmp_path / entry.file).read_bytes() == (SHIPPED / entry.file).read_bytes()
 
 
+@NEEDS_TRITON
 def test_other_scales_are_compiled_into_a_folder_and_found_there(tmp_path: Path) -> None:
-    pytest.importorskip("triton", reason="Triton is not installed")
     for scales in ("2,3", "1,3,5,8"):
         done = compiled(tmp_path, "--scales", scales, "--sm", "87")
         assert done.returncode == 0, done.stderr[-2000:]
@@ -208,7 +209,7 @@ def test_other_scales_are_compiled_into_a_folder_and_found_there(tmp_path: Path)
 
 
 def test_ptxas_translates_every_shipped_kernel(tmp_path: Path) -> None:
-    spec = find_spec("triton")
+    spec = triton_spec()
     if spec is None or spec.origin is None:
         pytest.skip("Triton, which brings ptxas, is not installed")
     folder = Path(spec.origin).parent / "backends" / "nvidia" / "bin"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import pytest
 
 from kernels.ptx import SHIPPED, find, read_index
 from kernels.spec import PLUGIN_FIELDS, gather_pool, plugin_attributes, scales_of_fields
-from tests.kernel_interpreter import Launch, interpreted
+from tests.kernel_interpreter import Launch, interpreted, triton_spec
 from tests.trt.bindings import CUDA_VERSIONS, VERSIONS, run_with
 
 SCRIPT = Path(__file__).with_name("kernel_plugins.py")
@@ -60,7 +59,7 @@ def check_in_the_interpreter(
     cases: list[dict[str, Any]], found: list[dict[str, Any]], kernels: Any, random: np.random.Generator, folder: Path
 ) -> None:
     """Grid and scalars as the plugin gave them, constants as the index has them."""
-    if importlib.util.find_spec("triton") is None:
+    if triton_spec() is None:
         pytest.skip("Triton is not installed: launch parameters were read, not run")
     launches, inputs = [], []
     for case, launch in zip(cases, found, strict=True):

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from kernels.ptx import layout_of
 from kernels.spec import gather_pool, pooled_length
-from tests.kernel_interpreter import Launch, as_bits, interpreted, run
+from tests.kernel_interpreter import Launch, as_bits, interpreted, run, triton_spec
 
-pytest.importorskip("triton", reason="Triton is not installed")
+pytestmark = pytest.mark.skipif(triton_spec() is None, reason="Triton is not installed")
 
 Array = NDArray[Any]
 CASES = [  # scales, (batch, rows, k, width)
