@@ -179,13 +179,24 @@ def create_session(
         options.add_session_config_entry(*entry)
     if threads is not None:
         options.intra_op_num_threads = threads
-    options_of_provider = {"enable_cuda_graph": "1"} if cuda_graph and name == "cuda" else {}
-    providers = [(PROVIDERS[name], options_of_provider)] + ([(PROVIDERS["cpu"], {})] if name != "cpu" else [])
+    providers = [(PROVIDERS[name], provider_options(name, cuda_graph))]
+    providers += [(PROVIDERS["cpu"], {})] if name != "cpu" else []
     source = graph if isinstance(graph, bytes) else str(graph)
     session = ort.InferenceSession(source, options, providers=providers)
     if PROVIDERS[name] not in session.get_providers():
         raise BackendError(f"{PROVIDERS[name]} does not start on this machine; check its driver or use --backend cpu")
     return session
+
+
+def provider_options(name: str, cuda_graph: bool) -> dict[str, str]:
+    """How an execution provider computes.
+
+    ONNX Runtime's CUDA provider rounds products of float32 to TF32 by default (its option ``use_tf32``); SVR is
+    exported in float32 because its selection needs the digits.
+    """
+    if name == "cpu":
+        return {}
+    return {"use_tf32": "0"} | ({"enable_cuda_graph": "1"} if cuda_graph else {})
 
 
 def check_tensors(session: ort.InferenceSession, spec: StageSpec) -> None:

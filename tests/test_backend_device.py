@@ -319,7 +319,7 @@ def test_cuda_is_given_what_it_needs_to_capture(bundle: Bundle, monkeypatch: pyt
         advice = "export the bundle again" if use is uses[0] else "leave out --cuda-graph"
         assert str(caught.value).endswith(f"; {advice}, or install a newer onnxruntime")
     assert asked["decode.onnx"] == [
-        ("CUDAExecutionProvider", {"enable_cuda_graph": "1"}),
+        ("CUDAExecutionProvider", {"use_tf32": "0", "enable_cuda_graph": "1"}),
         ("CPUExecutionProvider", {}),
     ]
-    assert asked["vision.onnx"] == [("CUDAExecutionProvider", {}), ("CPUExecutionProvider", {})]
+    assert asked["vision.onnx"] == [("CUDAExecutionProvider", {"use_tf32": "0"}), ("CPUExecutionProvider", {})]
