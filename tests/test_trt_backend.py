@@ -66,6 +66,20 @@ def test_answers_are_onnx_runtimes(version: str, source: str, built: Built, fram
         assert double.leaks() == []
 
 
+@pytest.mark.parametrize("version", [TWO_SETS, IN_PLACE])
+def test_answers_do_not_depend_on_when_work_is_done(
+    version: str, built: Built, frames: Any, random: np.random.Generator
+) -> None:
+    path = built(version, "demo-float")
+    expected = on_the_cpu(path, frames)
+    with Double(version=version, hurry=random) as double:
+        with VideoQA.open(path, backend="tensorrt") as qa:
+            video = qa.video(frames)
+            assert [qa.ask(video, question, tokens(12)).token_ids for question in QUESTIONS] == expected
+        del video, qa
+        assert double.leaks() == []
+
+
 def test_nothing_comes_to_the_host_between_vision_and_refine(double: Double, bundle: Path, frames: Any) -> None:
     with VideoQA.open(bundle, backend="tensorrt") as qa:
         since = len(double.calls)
