@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it starts in the background
 sys.modules["triton"] = None  # type: ignore[assignment]  # torch's tracer imports it, and it talks after the summary
 
 GOLDEN = Path(__file__).parent / "golden"
