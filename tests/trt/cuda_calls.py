@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tests.trt.cuda_module import NotModelledError
 from tests.trt.memory import Memory
 from tests.trt.stream_calls import StreamCalls
 from tests.trt.streams import CallError, Stream
@@ -98,7 +99,7 @@ class CudaCalls(StreamCalls):
             "cudaDevAttrWarpSize": 32,
         }
         if attr.name not in values:
-            raise NotImplementedError(f"the double knows no {attr.name}")
+            raise NotModelledError(f"the double knows no {attr.name}")
         return values[attr.name]
 
     def cudaMemGetInfo(self) -> tuple[int, int]:

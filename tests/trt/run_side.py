@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tests.trt.cuda_module import NotModelledError
 from tests.trt.execution import Execution
 from tests.trt.plan import Plan, Shape, bytes_of, output_shapes, read_plan
 from tests.trt.plugin_run import PluginInstance, load_plugins
@@ -50,7 +51,7 @@ class RuntimeBehaviour:
 
     def deserialize_cuda_engine(self, serialized_engine: Any = None, **other: Any) -> EngineBehaviour | None:
         if serialized_engine is None:
-            raise NotImplementedError(f"the double reads no {', '.join(other)}")
+            raise NotModelledError(f"the double reads no {', '.join(other)}")
         world = self.world
         assert not world.device.queues.captures, "an engine is deserialised during a capture"
         try:
