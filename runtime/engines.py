@@ -13,7 +13,6 @@ import hashlib
 import platform
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -46,8 +45,7 @@ PTX = "ptx"
 RECORD_VERSION = 1
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What an engine is built for and run on.
 
     Attributes:
@@ -98,6 +96,7 @@ class EngineRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """What an engine was built of, for what, and how.
 
     Attributes:
+        target: what it was built for.
         graph: ``graph_hash`` of the stage.
         options: all that was asked of the builder, in words; other words are another engine.
         profiles: input shapes by name, in the order of the engine's optimisation profiles.
@@ -108,12 +107,7 @@ class EngineRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
     version: int = RECORD_VERSION
     stage: str
-    gpu: str
-    sm: tuple[int, int]
-    processors: int
-    tensorrt: str
-    platform: str
-    cuda: tuple[int, int]
+    target: Target
     graph: str
     plugin: PluginRecord | None = None
     options: dict[str, str]
@@ -194,9 +188,9 @@ def differences(record: EngineRecord, bundle: Bundle, stage: str, target: Target
     checks = (
         ("record version", record.version, RECORD_VERSION),
         ("stage", record.stage, stage),
-        ("TensorRT", record.tensorrt, target.tensorrt),
-        ("GPU", described(record), described(target)),
-        ("platform", record.platform, target.platform),
+        ("TensorRT", record.target.tensorrt, target.tensorrt),
+        ("GPU", described(record.target), described(target)),
+        ("platform", record.target.platform, target.platform),
         ("graph", record.graph[:12], graph_hash(bundle, stage)[:12]),
         ("size", f"{record.size} bytes", "no file" if size is None else f"{size} bytes"),
     )
@@ -220,7 +214,7 @@ def kernel_differences(plugin: PluginRecord, bundle: Bundle, stage: str, target:
     return [] if here == plugin.sha256 else [f"it is of kernels {plugin.sha256[:12]}, here is {here[:12]}"]
 
 
-def described(device: EngineRecord | Target) -> str:
+def described(device: Target) -> str:
     """What a GPU is told by."""
     return f"{device.gpu} (compute capability {device.sm[0]}.{device.sm[1]}, {device.processors} multiprocessors)"
 

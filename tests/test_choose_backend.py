@@ -233,7 +233,7 @@ def test_inspect_lists_engines(built: Path, capfd: Captured) -> None:
             assert words in output, output
         assert runtime.inspect.main([str(built), "--json"]) == 0
         (found,) = json.loads(capfd.readouterr().out)["engines"]
-        assert found["unfit"] == "" and found["records"]["decode"]["tensorrt"] == VERSION
+        assert found["unfit"] == "" and found["records"]["decode"]["target"]["tensorrt"] == VERSION
     with Double(version="10.3.0"):
         assert runtime.inspect.main([str(built)]) == 0
         assert "not here: vision: it is of TensorRT 11.4.0.106, here is 10.3.0" in capfd.readouterr().out

@@ -336,4 +336,4 @@ def test_a_record_is_readable_json(float_bundle: Path) -> None:
     with Double(version=OLDEST):
         built(float_bundle, "--stages", "vision")
     record = json.loads((folder(float_bundle, OLDEST) / "vision.json").read_text())
-    assert record["tensorrt"] == OLDEST and record["options"]["workspace"] == "auto"
+    assert record["target"]["tensorrt"] == OLDEST and record["options"]["workspace"] == "auto"

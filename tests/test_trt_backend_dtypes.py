@@ -21,7 +21,7 @@ from export.engine.builder import Settings, engine_facts, engine_from_onnx
 from export.engine.cache import TimingCache
 from export.engine.lowered import LoweredStage, fix_cache
 from export.lower import lower, release_of
-from runtime.engines import EngineRecord, ShapeRange
+from runtime.engines import EngineRecord, ShapeRange, Target
 from runtime.manifest import Manifest
 from runtime.trt_decoder import SlotPool, TrtDecoder
 from runtime.trt_device import TrtDevice
@@ -64,12 +64,7 @@ def engine_of(stage: LoweredStage, double: Double, log: Log, folder: Path) -> Tr
     path.write_bytes(bytes(memoryview(blob)))
     record = EngineRecord(
         stage="decode",
-        gpu="Orin",
-        sm=(8, 7),
-        processors=8,
-        tensorrt=double.version,
-        platform="",
-        cuda=(12, 6),
+        target=Target(gpu="Orin", sm=(8, 7), processors=8, tensorrt=double.version, platform="", cuda=(12, 6)),
         graph="",
         options={},
         profiles=stage.profiles,

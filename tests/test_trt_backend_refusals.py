@@ -94,7 +94,7 @@ def test_engines_that_were_moved_to_another_machine(bundle: Path, machine: dict[
 
 def test_another_platform(bundle: Path) -> None:
     here = runtime.engines.platform_name()
-    edited_record(bundle, "refine", replaced("platform", "linux-sparc"))
+    edited_record(bundle, "refine", replaced("target/platform", "linux-sparc"))
     with Double(version=VERSION) as double:
         line = refusal(bundle, double)
     assert f"refine.engine does not fit: it is of platform linux-sparc, here is {here}" in line and COMMAND in line
@@ -153,7 +153,7 @@ def test_a_stage_that_was_not_built(bundle: Path) -> None:
 
 
 def test_an_engine_of_another_board_of_the_same_name(bundle: Path) -> None:
-    edited_record(bundle, "decode", replaced("processors", 16))
+    edited_record(bundle, "decode", replaced("target/processors", 16))
     with Double(version=VERSION) as double:
         line = refusal(bundle, double)
     assert "of GPU Orin (compute capability 8.7, 16 multiprocessors), here is Orin" in line and COMMAND in line

@@ -166,15 +166,9 @@ def build_stage(work: Work, stage: LoweredStage, settings: Settings, cache: Timi
     blob = built(work, stage, settings, cache)
     facts = engine_facts(work.device.trt, blob, work.log)
     content = memoryview(blob)
-    target = work.device.target
     record = EngineRecord(
         stage=stage.stage,
-        gpu=target.gpu,
-        sm=target.sm,
-        processors=target.processors,
-        tensorrt=target.tensorrt,
-        platform=target.platform,
-        cuda=target.cuda,
+        target=work.device.target,
         graph=graph_hash(work.bundle, stage.stage),
         plugin=plugin_of(work, stage),
         options=options_in_words(work.options, stage),
@@ -186,7 +180,7 @@ def build_stage(work: Work, stage: LoweredStage, settings: Settings, cache: Timi
         device_memory=facts.device_memory,
     )
     if record.plugin and record.plugin.kind == "v3":
-        put_kernels(work.folder / PTX, plugin_kernels(work.bundle, target.sm, work.options.ptx))
+        put_kernels(work.folder / PTX, plugin_kernels(work.bundle, work.device.target.sm, work.options.ptx))
     put_engine(work.folder, stage.stage, content, record)
     return record
 
