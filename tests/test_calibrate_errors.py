@@ -1,4 +1,4 @@
-"""What stops a calibration run: one line, the target as it was, no draft; and what a missed target leads to."""
+"""What stops a calibration run: one line, the target as it was, no draft."""
 
 from __future__ import annotations
 
@@ -15,49 +15,28 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import onnx
 import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-import calibration.quantize
-import calibration.watch
 import calibration.write_stage
 from calibration.__main__ import main
 from calibration.options import QuantizeOptions
 from calibration.quantize import quantized_bundle
-from calibration.questions import questions_from
 from calibration.report import REPORT, SCALES, Report
 from runtime.backend import MAX_THREADS
-from runtime.backend_ort import create_session
 from runtime.bundle import Bundle
 from runtime.embedding import EmbeddingTable
-from runtime.engine import VideoQA
-from runtime.errors import BackendError, LinvtError, OptionError
+from runtime.errors import LinvtError, OptionError
+from tests import calibrations
 from tests.bundles import forge
+from tests.calibrations import QUICK, Edit, all_below, edited, failure
 from tests.commands import Captured, refused
 from tests.videos import write_video
 
 ROOT = Path(__file__).parents[1]
-QUICK = ("--llm", "float", "--method", "minmax", "--frames", "4")
-V = slice(256, 384)  # columns of the demo's qkv weight that make values
-HARMFUL = tuple(f"tower.encoder.layers.{number}.attn.proj.weight" for number in (1, 2))
-STEPS = ("calibrate: ", "skipped ", "labelled answers", "more than --max-drop", "decode: ", "embedding: ")
-STEPS += (
-    "scales rest on 1 clips; 32 or more",
-    "scales rest on 2 clips; 32 or more",
-    "losses are measured on clips that",
-)
-Edit = Callable[[NDArray[Any]], None]  # changes an array (of float16 or float32) in place
 
-
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two videos."""
-    folder = tmp_path_factory.mktemp("clips")
-    for number in range(2):
-        write_video(folder / f"{number}.mp4", frames=8 + 4 * number, size=(64, 64))
-    return folder
+clips = calibrations.clips
 
 
 @pytest.fixture(scope="module")
@@ -67,52 +46,11 @@ def quantized(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return quantized_bundle("demo-float", clips, tmp_path_factory.mktemp("quantized") / "bundle", options)
 
 
-def edited(target: Path, stage: str, edits: dict[str, Edit]) -> Path:
-    """The demo with some of a stage's weights changed."""
-    source = Bundle.open("demo-float")
-    graph = onnx.load(str(source.path(f"{stage}.onnx")), load_external_data=False).graph
-    data = bytearray(source.path(f"{stage}.onnx.data").read_bytes())
-    tensors = {tensor.name: tensor for tensor in graph.initializer}
-    for name, edit in edits.items():
-        place = {entry.key: entry.value for entry in tensors[name].external_data}
-        kind = onnx.helper.tensor_dtype_to_np_dtype(tensors[name].data_type)
-        count = int(np.prod(tensors[name].dims))
-        edit(np.frombuffer(data, kind, count, int(place["offset"])).reshape(tensors[name].dims))
-    files: dict[str, Any] = {f"{stage}__onnx__data": bytes(data)}
-    return forge(source.folder, target, **files)
-
-
 def setting(value: float, *where: slice) -> Edit:
     def edit(array: NDArray[Any]) -> None:
         array[where] = value
 
     return edit
-
-
-def times(factor: float, *where: int | slice) -> Edit:
-    def edit(array: NDArray[Any]) -> None:
-        array[where] *= array.dtype.type(factor)
-
-    return edit
-
-
-def all_below(folder: Path) -> dict[str, float]:
-    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*")}
-
-
-def failure(
-    capfd: Captured, tmp_path: Path, clips: Path, *arguments: str, bundle: Path | str = "demo-float", code: int = 1
-) -> str:
-    """The one line, below those of steps, with which the command ends; nothing on disk has changed."""
-    before = all_below(tmp_path)
-    capfd.readouterr()
-    assert main([str(bundle), str(clips), "-o", str(tmp_path / "out"), *arguments]) == code
-    output, errors = capfd.readouterr()
-    *steps, line = errors.splitlines()
-    assert output == "" and line.startswith("linvt-calibrate: ") and len(line) < 600, line
-    assert all(step.startswith(STEPS) for step in steps), steps
-    assert all_below(tmp_path) == before
-    return line
 
 
 # --- refused before anything runs
@@ -338,137 +276,6 @@ def test_an_activation_that_is_always_zero(capfd: Captured, tmp_path: Path, clip
     edits = {f"{layer}.weight": setting(0.0), f"{layer}.bias": setting(0.0)}
     bundle = edited(tmp_path / "bundle", "vision", edits)
     assert "was 0 on all clips, which gives a scale of 0" in failure(capfd, tmp_path, clips, *QUICK, bundle=bundle)
-
-
-# --- targets
-
-
-def outlier_bundle(target: Path) -> Path:
-    """One value channel of two attentions is 512 times as large, and is read by weights as much smaller.
-
-    In floating point that changes nothing; one scale for the activation leaves no steps for its other channels, and no
-    norm before it can take the factor away.
-    """
-    channel = V.start + 17
-    edits: dict[str, Edit] = {}
-    for layer in (name.removesuffix(".proj.weight") for name in HARMFUL):
-        edits |= {f"{layer}.qkv.weight": times(512, slice(None), channel), f"{layer}.qkv.bias": times(512, channel)}
-        edits |= {f"{layer}.proj.weight": times(1 / 512, 17)}
-    return edited(target, "vision", edits)
-
-
-def report_of(bundle: Path) -> Report:
-    return msgspec.json.decode((bundle / REPORT).read_bytes(), type=Report)
-
-
-@pytest.fixture(scope="module")
-def outlier(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo with two layers that do not bear 8 bits."""
-    return outlier_bundle(tmp_path_factory.mktemp("outlier") / "bundle")
-
-
-def test_the_harmful_layers_alone_stay_in_floating_point_and_are_named(
-    capfd: Captured, tmp_path: Path, clips: Path, outlier: Path
-) -> None:
-    assert main([str(outlier), str(clips), "-o", str(tmp_path / "out"), *QUICK, "--min-cosine", "0.995"]) == 0
-    report = report_of(tmp_path / "out").stages["vision"]
-    print(report)
-    assert set(report.floats) == set(HARMFUL) and min(report.floats.values()) > 0.003
-    assert report.loss.cosine >= 0.995
-    assert f"2 layers left in float: {', '.join(report.floats)}" in capfd.readouterr().err
-    spec = Bundle.open(tmp_path / "out").manifest.stages["vision"].quantized
-    assert spec is not None and spec.floats == tuple(report.floats)
-    with VideoQA.open(tmp_path / "out") as qa:
-        assert qa.ask(clips / "0.mp4", "Who?").text
-    stored = onnx.load(str(tmp_path / "out" / "vision.onnx"), load_external_data=False).graph.initializer
-    assert {tensor.name for tensor in stored if tensor.name.endswith(".attn.proj.weight")} == set(HARMFUL)
-
-
-def test_an_engine_of_older_opsets_ranks_layers_too(
-    tmp_path: Path, clips: Path, outlier: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    create = create_session
-
-    def older(graph: bytes, *arguments: Any) -> Any:
-        if onnx.load_from_string(graph).opset_import[0].version > 23:
-            raise BackendError("failed to load") from RuntimeError("opset 24 is under development")
-        return create(graph, *arguments)
-
-    monkeypatch.setattr(calibration.watch, "create_session", older)
-    options = QuantizeOptions(llm="float", method="minmax", frames=4, min_cosine=0.995)
-    quantized_bundle(outlier, clips, tmp_path / "out", options)
-    assert set(report_of(tmp_path / "out").stages["vision"].floats) == set(HARMFUL)
-
-
-def test_a_target_that_nothing_holds(capfd: Captured, tmp_path: Path, clips: Path) -> None:
-    line = failure(capfd, tmp_path, clips, *QUICK, "--min-cosine", "0.99999999")
-    assert "vision: the target" in line and "does not hold with any layer quantised" in line
-
-
-def test_a_target_of_nothing_holds_always(tmp_path: Path, clips: Path, outlier: Path) -> None:
-    options = QuantizeOptions(llm="float", method="minmax", frames=4, min_cosine=0)
-    quantized_bundle(outlier, clips, tmp_path / "out", options)
-    assert not any(stage.floats for stage in report_of(tmp_path / "out").stages.values())
-
-
-def test_the_margin_tightens_worth_with_the_cosine(tmp_path: Path) -> None:
-    options = QuantizeOptions(min_cosine=0.99, min_cosine_llm=None)
-    run = calibration.quantize.Run(Bundle.open("demo-float"), tmp_path, options, (), questions_from(None), str, str)  # type: ignore[arg-type]
-    targets = [run.target("refine", margin) for margin in (1, 0.1)]
-    assert [target.cosine for target in targets] == pytest.approx([0.99, 0.999])
-    assert [target.worth for target in targets] == pytest.approx([0.9, 0.99])
-    assert [run.target("decode", margin).cosine for margin in (1, 0.1)] == pytest.approx([0, 0.999])
-
-
-LABELS = '{"question": "Who?", "clip": "0.mp4", "answer": "a"}\n{"question": "How?", "clip": "1.mp4", "answer": "b"}\n'
-
-
-@pytest.fixture
-def labels(tmp_path: Path) -> Path:
-    """Two labelled questions."""
-    (tmp_path / "labels.jsonl").write_text(LABELS)
-    return tmp_path / "labels.jsonl"
-
-
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> list[int]:
-    """Float layers of the bundles that were asked; one of two answers is wrong below the parameter."""
-    counts: list[int] = []
-
-    def answers(qa: VideoQA, *arguments: Any) -> list[bool]:
-        specs = [spec.quantized for spec in qa.bundle.manifest.stages.values() if spec.quantized]
-        counts.append(sum(len(spec.floats) for spec in specs))
-        return [not specs or counts[-1] >= request.param, True]
-
-    monkeypatch.setattr(calibration.quantize, "right_answers", answers)
-    return counts
-
-
-@pytest.mark.parametrize("asked", [1], indirect=True)
-def test_lost_answers_bring_layers_back_to_floating_point(
-    capfd: Captured, tmp_path: Path, clips: Path, outlier: Path, labels: Path, asked: list[int]
-) -> None:
-    options = [*QUICK, "--min-cosine", "0.5", "--max-drop", "10", "--questions", str(labels)]
-    assert main([str(outlier), str(clips), "-o", str(tmp_path / "out"), *options]) == 0
-    report = report_of(tmp_path / "out")
-    assert report.accuracy is not None and report.accuracy.drop == 0
-    assert asked[:2] == [0, 0] and asked[2] >= 1 and len(asked) == 3  # float, all in 8 bits, with a better target
-    assert set(HARMFUL) & set(report.stages["vision"].floats)
-    notes = [line for line in capfd.readouterr().err.splitlines() if line.startswith("labelled answers: 2 of 2")]
-    assert len(notes) == 2 and "50.00 percentage points lost" in notes[0]
-    with VideoQA.open(tmp_path / "out", verify=True) as qa:
-        assert qa.bundle.manifest.stages["vision"].quantized
-
-
-@pytest.mark.parametrize("asked", [10**6], indirect=True)
-def test_answers_that_stay_lost_are_refused(
-    capfd: Captured, tmp_path: Path, clips: Path, labels: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(calibration.quantize, "MARGINS", (1.0, 0.9, 0.02))
-    options = [*QUICK, "--min-cosine", "0.99", "--max-drop", "10", "--questions", str(labels)]
-    line = failure(capfd, tmp_path, clips, *options)
-    assert "50.00 percentage points of 2 labelled answers are lost, more than --max-drop 10" in line
-    assert asked[0] == asked[1] == 0 < asked[2] and len(asked) == 3  # the second margin gave the same bundle again
 
 
 # --- what ends it early

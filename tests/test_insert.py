@@ -20,7 +20,7 @@ from calibration.linears import Linear, fold_constant_products, linears_of
 from calibration.lint import lint
 from runtime.backend_ort import CAST_LIMIT, EXACT_INT8
 from tests.graphs import Arrays, run
-from tests.test_linears import STORED, assert_same_bits, normal, outputs, typed
+from tests.text_graphs import STORED, assert_same_bits, normal, outputs, typed
 
 HEADS = """
 net (float[1, rows, 32] x) => (float[1, rows, 48] q, float[1, rows, 20] k, float[1, rows, 20] v) {

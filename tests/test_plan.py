@@ -1,11 +1,11 @@
-"""Plans become graphs: what is not asked for stays to the bit, what is folded changes nothing, refusals say why."""
+"""Plans become graphs: what is not asked for stays to the bit, what is folded changes nothing."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +18,22 @@ from calibration.blocks import Blocks, round_to_nearest
 from calibration.choose_blocks import bits_of, block_of
 from calibration.insert import Factors, scaled_weight
 from calibration.linears import Linear, grouped, replace_constant
-from calibration.observe import Observer
-from calibration.options import QuantizeOptions
-from calibration.plan import Plan, built, float_graph, planned, smoothed
-from calibration.scales import TensorScale
+from calibration.plan import Plan, built, float_graph, smoothed
 from calibration.smooth import fold_of
 from calibration.stage_file import write_stage_file
 from runtime.bundle import Bundle
-from runtime.errors import BundleError, CalibrationError
-from runtime.manifest import Compute, StageSpec
+from runtime.errors import BundleError
+from runtime.manifest import StageSpec
 from tests.graphs import Arrays, run
+from tests.plans import entry, gated, stage_file
 from tests.test_insert import assert_near, columns_round_trip, engine, fused, round_trip
-from tests.test_linears import assert_same_bits, normal, typed
 from tests.test_lower_opset import random_feeds
+from tests.text_graphs import assert_same_bits, normal
 
 DEMO = Bundle.open("demo-float")
 STAGES = ["vision", "refine", "aggregate", "decode"]
 
 Exponents = NDArray[np.int8]
-
-
-def entry(threshold: float, smooth: Collection[int] = ()) -> TensorScale:
-    return TensorScale(
-        threshold=threshold, method="by hand", largest=threshold, error=0.0, layers=(), smooth=tuple(map(int, smooth))
-    )
 
 
 def demo_plan(stage: str, random: np.random.Generator, *, narrow: bool = False, smooth: bool = False) -> Plan:
@@ -70,11 +62,6 @@ def plan_of(
 
 def rounded(linear: Linear, exponents: Exponents, block: int) -> Blocks:
     return round_to_nearest(scaled_weight(linear.weight(), Factors(rows=exponents)), block, bits_of(linear))
-
-
-def stage_file(text: str, weights: Mapping[str, NDArray[Any]], folder: Path, compute: Compute = "float32") -> StageSpec:
-    """A float stage on disk."""
-    return write_stage_file(typed(text, dict(weights), 24), folder, "stage", compute=compute, storage="float32")
 
 
 def written(model: ir.Model, folder: Path) -> tuple[Path, Path]:
@@ -212,23 +199,6 @@ def test_smoothing_a_stage_changes_no_bit_of_its_float_results(
     assert_same_bits(results(model, tmp_path, feeds), before)
 
 
-GATED = """
-net (float[1, rows, WIDTH] x) => (float[1, rows, 32] y) {
-    a = MatMul (x, gate)
-    g = Sigmoid (a)
-    u = MatMul (x, up)
-    p = Mul (g, u)
-    y = MatMul (p, down)
-}
-"""
-
-
-def gated(folder: Path, random: np.random.Generator, width: int) -> tuple[StageSpec, dict[str, NDArray[np.float32]]]:
-    shapes = {"gate": (width, 64), "up": (width, 64), "down": (64, 32)}
-    weights = {name: normal(random, *shape) for name, shape in shapes.items()}
-    return stage_file(GATED.replace("WIDTH", str(width)), weights, folder), weights
-
-
 def gated_outputs(x: NDArray[np.float32], gate: Any, up: Any, down: Any) -> Arrays:
     product: Any = (1 / (1 + np.exp(-(x @ gate)))) * (x @ up)
     return {"y": product @ down}
@@ -335,103 +305,3 @@ def test_weights_that_lie_elsewhere_are_refused_when_the_bundle_is_opened(tmp_pa
     weights.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(BundleError, match=r"decode\.onnx\.data leads outside the bundle"):
         Bundle.open(tmp_path / "bundle")
-
-
-# --- choosing
-
-
-def observed(source: Path, random: np.random.Generator, size: float = 1) -> dict[str, Observer]:
-    observers = {}
-    for name, linears in grouped(float_graph(source)[1].values()).items():
-        observers[name] = Observer(name)
-        observers[name].add(normal(random, 40, linears[0].shape[0]) * np.float32(size))
-    return observers
-
-
-def plan_for(
-    source: Path,
-    spec: StageSpec,
-    observers: Mapping[str, Observer],
-    given: Mapping[str, TensorScale] | None = None,
-    *,
-    narrow: bool = False,
-) -> tuple[Plan, list[tuple[int, int]]]:
-    told: list[tuple[int, int]] = []
-    options = QuantizeOptions(method="minmax", block=32)
-    plan = planned(
-        source,
-        spec,
-        observers,
-        options,
-        narrow=narrow,
-        given=given or {},
-        progress=lambda number, count: told.append((number, count)),
-    )
-    return plan, told
-
-
-@pytest.mark.parametrize("narrow", [False, True])
-def test_every_activation_gets_a_scale_and_every_layer_its_weights(
-    narrow: bool, random: np.random.Generator, tmp_path: Path
-) -> None:
-    spec, weights = gated(tmp_path, random, 32)
-    observers = observed(tmp_path / spec.file, random)
-    plan, told = plan_for(tmp_path / spec.file, spec, observers, narrow=narrow)
-    assert plan.groups == ("x", "p") and told == [(1, 2), (2, 2)]
-    assert plan.scales["x"].threshold == pytest.approx(observers["x"].histogram.largest)
-    assert set(plan.blocks) == (set(weights) if narrow else set())
-    assert {blocks.bits for blocks in plan.blocks.values()} <= {4}
-
-
-def test_given_scales_are_taken_as_they_are(random: np.random.Generator, tmp_path: Path) -> None:
-    spec, _ = gated(tmp_path, random, 32)
-    given = {"p": entry(0.75, [1] * 64)}
-    plan, _ = plan_for(tmp_path / spec.file, spec, observed(tmp_path / spec.file, random), given)
-    assert plan.scales["p"] is given["p"] and plan.scales["x"].method == "minmax"
-
-
-@pytest.mark.parametrize(
-    ("given", "words"),
-    [
-        ({"p": entry(1, [1] * 63)}, ("63 exponents", "64 channels")),
-        ({"x": entry(1, [1] * 32)}, ("32 exponents", "cannot be smoothed")),
-        ({"nothing": entry(1)}, ("'nothing'", "stage.onnx")),
-    ],
-)
-def test_given_scales_that_do_not_fit_are_refused(
-    given: dict[str, TensorScale], words: tuple[str, ...], random: np.random.Generator, tmp_path: Path
-) -> None:
-    spec, _ = gated(tmp_path, random, 32)
-    assert_refused(tmp_path / spec.file, spec, observed(tmp_path / spec.file, random), given, words=words)
-
-
-def assert_refused(
-    source: Path,
-    spec: StageSpec,
-    observers: Mapping[str, Observer],
-    given: Mapping[str, TensorScale] | None = None,
-    *,
-    narrow: bool = False,
-    words: tuple[str, ...],
-) -> None:
-    with pytest.raises(CalibrationError) as caught:
-        plan_for(source, spec, observers, given, narrow=narrow)
-    message = str(caught.value)
-    assert all(word in message for word in words) and ";" in message and len(message) < 400, message
-
-
-@pytest.mark.parametrize("size", [0, 1e-35])
-@pytest.mark.parametrize("narrow", [False, True])
-def test_an_activation_that_was_always_0_is_refused(
-    narrow: bool, size: float, random: np.random.Generator, tmp_path: Path
-) -> None:
-    spec, _ = gated(tmp_path, random, 32)
-    observers = observed(tmp_path / spec.file, random, size)
-    assert_refused(tmp_path / spec.file, spec, observers, narrow=narrow, words=("activation x was 0", "clips"))
-
-
-def test_4_bits_for_no_layer_at_all_are_refused(random: np.random.Generator, tmp_path: Path) -> None:
-    text = "net (float[1, rows, 24] x) => (float[1, rows, 32] y) { y = MatMul (x, w) }"
-    spec = stage_file(text, {"w": normal(random, 24, 32)}, tmp_path)
-    observers = observed(tmp_path / spec.file, random)
-    assert_refused(tmp_path / spec.file, spec, observers, narrow=True, words=("block of 16", "--llm int8"))

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from calibration.insert import Factors, scaled_weight
 from calibration.linears import Linear, linears_of, replace_constant
 from calibration.smooth import MOST, Fold, fold_of, put_column_factors, put_factors, smooth_exponents
-from tests.test_linears import STORED, assert_same_bits, normal, outputs, typed
+from tests.text_graphs import STORED, assert_same_bits, normal, outputs, typed
 
 WIDTH = 32
 NORMS = {

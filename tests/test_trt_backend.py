@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,33 +12,13 @@ import pytest
 import runtime.trt_engine
 from runtime import BackendError, VideoQA
 from runtime.answer import Stopwatch
+from tests import trt_fixtures
 from tests.engines import IN_PLACE, QUESTIONS, TO_HOST, TWO_SETS, Built, counted, on_the_cpu, tokens
 from tests.trt.bindings import VERSIONS
 from tests.trt.double import Double
 
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    return Built(tmp_path_factory)
-
-
-@pytest.fixture
-def frames(random: np.random.Generator) -> Any:
-    """(9, 64, 64, 3) uint8: two whole batches and a rest."""
-    return random.integers(0, 256, (9, 64, 64, 3), dtype=np.uint8)
-
-
-@pytest.fixture(params=[TWO_SETS, IN_PLACE])
-def double(request: pytest.FixtureRequest) -> Iterator[Double]:
-    """A machine with the oldest or the newest TensorRT, in which nothing is left over."""
-    with Double(version=request.param) as double:
-        yield double
-        assert double.leaks() == []
-
-
-@pytest.fixture
-def bundle(built: Built, double: Double) -> Path:
-    return built(double.version)
+built, frames, bundle = trt_fixtures.built, trt_fixtures.frames, trt_fixtures.bundle
+double = trt_fixtures.clean_double
 
 
 # Answers

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +15,12 @@ import runtime.trt_decoder
 import runtime.trt_engine
 from runtime import BackendError, VideoQA
 from runtime.trt_device import narrowed, widened
+from tests import trt_fixtures
 from tests.engines import IN_PLACE, QUESTIONS, TWO_SETS, Built, counted, on_the_cpu, tokens
 from tests.trt.double import Double
 
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    return Built(tmp_path_factory)
-
-
-@pytest.fixture
-def frames(random: np.random.Generator) -> Any:
-    """(9, 64, 64, 3) uint8: two whole batches and a rest."""
-    return random.integers(0, 256, (9, 64, 64, 3), dtype=np.uint8)
-
-
-@pytest.fixture(params=[TWO_SETS, IN_PLACE])
-def double(request: pytest.FixtureRequest) -> Iterator[Double]:
-    """A machine with the oldest or the newest TensorRT, in which nothing is left over."""
-    with Double(version=request.param) as double:
-        yield double
-        assert double.leaks() == []
-
-
-@pytest.fixture
-def bundle(built: Built, double: Double) -> Path:
-    return built(double.version)
+built, frames, bundle = trt_fixtures.built, trt_fixtures.frames, trt_fixtures.bundle
+double = trt_fixtures.clean_double
 
 
 # The KV cache

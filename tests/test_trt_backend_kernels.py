@@ -23,16 +23,14 @@ from kernels.ptx import SHIPPED, read_index
 from runtime import BackendError, VideoQA
 from runtime.bundle import Bundle, bundle_path
 from runtime.choose_backend import choose_backend
+from tests import trt_fixtures
 from tests.commands import Captured
 from tests.engines import QUESTIONS, Built, engines_of, on_the_cpu, tokens, with_engines
 from tests.trt.double import Double
 
 VERSION = "10.3.0"
 
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    return Built(tmp_path_factory)
+built = trt_fixtures.built
 
 
 @pytest.fixture

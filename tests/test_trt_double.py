@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import onnx
 import pytest
 
 from runtime.bundle import Bundle
+from tests import trt_fixtures
 from tests.trt.bindings import VERSIONS, run_with
 from tests.trt.claims import answers
 from tests.trt.double import Double
@@ -20,14 +21,7 @@ from tests.trt.small import SHAPES, graph
 BOTH = ("10.3.0", "11.4.0.106")
 CLAIMS = Path(__file__).parent / "trt" / "claims.py"
 
-
-@pytest.fixture(params=BOTH)
-def machine(request: pytest.FixtureRequest) -> Iterator[Machine]:
-    with Double(request.param) as double:
-        made = Machine(double)
-        yield made
-        made.close()
-        double.failures.clear()
+machine = trt_fixtures.machine
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.trt.bindings import CUDA_VERSIONS
+from tests import trt_fixtures
 from tests.trt.cuda_play import SIZE, capture, down, pinned, stream_of, up, value
-from tests.trt.double import Double
 
-
-@pytest.fixture(params=CUDA_VERSIONS)
-def double(request: pytest.FixtureRequest) -> Iterator[Double]:
-    with Double("10.3.0", cuda=request.param) as made:
-        yield made
-        made.failures.clear()  # the tests below have seen them
-
-
-@pytest.fixture
-def cuda(double: Double) -> Any:
-    from cuda.bindings import runtime
-
-    return runtime
+double, cuda = trt_fixtures.cuda_double, trt_fixtures.cuda
 
 
 def test_a_captured_graph_does_nothing_until_it_is_launched_and_then_reads_the_same_addresses(cuda: Any) -> None:

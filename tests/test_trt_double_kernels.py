@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.trt.bindings import CUDA_VERSIONS
+from tests import trt_fixtures
 from tests.trt.cuda_play import SIZE, stream_of, value
 from tests.trt.double import Double
 
-
-@pytest.fixture(params=CUDA_VERSIONS)
-def double(request: pytest.FixtureRequest) -> Iterator[Double]:
-    with Double("10.3.0", cuda=request.param) as made:
-        yield made
-        made.failures.clear()  # the tests below have seen them
-
+double = trt_fixtures.cuda_double
 
 PTX = b""".version 8.5\n.target sm_87\n.address_size 64
 .visible .entry add_one(.param .u64 .ptr .global a, .param .u32 n) { ret; }\n\0"""

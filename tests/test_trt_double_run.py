@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,19 +10,13 @@ import pytest
 
 from export.lower import release_of, write_lowered
 from runtime.bundle import Bundle
+from tests import trt_fixtures
 from tests.trt.bindings import VERSIONS
 from tests.trt.double import Double
 from tests.trt.play import Machine
 from tests.trt.small import SHAPES, cache_graph, graph
 
-
-@pytest.fixture(params=["10.3.0", "11.4.0.106"])
-def machine(request: pytest.FixtureRequest) -> Iterator[Machine]:
-    with Double(request.param) as double:
-        made = Machine(double)
-        yield made
-        made.close()
-        double.failures.clear()
+machine = trt_fixtures.machine
 
 
 @pytest.mark.parametrize("version", VERSIONS)
