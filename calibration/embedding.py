@@ -52,7 +52,7 @@ def write_narrow_embedding(source: Path, target: Path) -> float:
         save_file({"embedding": values, "scale": scales}, target)
         target.chmod(0o644)  # safetensors leaves it to its owner
     except (SafetensorError, OSError) as error:
-        raise OutputError(f"cannot write {target}: {error}") from error
+        raise OutputError(f"cannot write {target}: {error}; check the folder and the disk") from error
     return cosine
 
 

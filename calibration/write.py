@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import secrets
 import shutil
@@ -25,6 +26,11 @@ __all__ = ["bundle_draft", "file_specs", "replace_file", "written"]
 
 AT_FDCWD = -100  # relative paths count from the working folder, as everywhere
 RENAME_EXCHANGE = 2  # of linux/fs.h
+ADVICE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some of the disk or choose another"),
+    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR), "a folder above it is a file, choose another place"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a folder that you may write to"),
+}
 
 
 @contextmanager
@@ -154,8 +160,9 @@ def written(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        # A write that the disk cut short comes without the system's reason.
-        raise OutputError(f"cannot write {target}: {error.strerror or f'{error}; is the disk full?'}") from error
+        # A write that the disk cut short comes without the system's reason and number.
+        advice = ADVICE.get(error.errno or errno.ENOSPC, "choose another place")
+        raise OutputError(f"cannot write {target}: {error.strerror or error}; {advice}") from error
 
 
 def current_umask() -> int:

@@ -270,7 +270,7 @@ def write_embedding(draft: Path, checkpoint: Checkpoint, backbone: Backbone) -> 
     try:
         save_file({"embedding": table.contiguous()}, draft / EMBEDDING)
     except SafetensorError as error:
-        raise OutputError(f"cannot write {draft / EMBEDDING}: {error}") from error
+        raise OutputError(f"cannot write {draft / EMBEDDING}: {error}; check the folder and the disk") from error
     shutil.copymode(draft / TOKENIZER, draft / EMBEDDING)  # safetensors lets nobody else read what it writes
 
 

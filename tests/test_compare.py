@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import shutil
@@ -18,6 +19,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from calibration.parity import Row, Tolerance
+from calibration.write import ADVICE
 from export import compare, convert
 from export.cases import Comparer, Sides, moving_shapes
 from export.reference import Reference
@@ -359,5 +361,5 @@ def test_a_bundle_that_cannot_be_written_is_one_line_after_the_result(
     assert compared(bundle, WITH_LINVT) == 1
     out, err = capsys.readouterr()
     assert "agrees with PyTorch" in out
-    assert err == f"linvt-compare: cannot write {bundle / 'evidence.json'}: Permission denied\n"
+    assert err == f"linvt-compare: cannot write {bundle / 'evidence.json'}: Permission denied; {ADVICE[errno.EACCES]}\n"
     assert compared(bundle, WITH_LINVT, "--no-evidence") == 0
