@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from export.__main__ import REQUIRED
-from runtime.backend import BACKENDS
+from runtime.backend_names import BACKENDS
 from runtime.cli import Parser, ascii_json, guarded, printable, require_extra
 from runtime.errors import OptionError
 

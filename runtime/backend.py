@@ -9,20 +9,18 @@ either, and what it gives may not be computed yet. Implementations sit beside th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.backend_names import BackendName
 from runtime.bundle import Bundle
 from runtime.device_tensor import DeviceTensor
 from runtime.errors import OptionError
 from runtime.limits import Limits
 
-__all__ = ["BACKENDS", "Array", "Backend", "BackendName", "Decoder", "Graph", "Tensor", "open_backend"]
-
-BackendName = Literal["auto", "cpu", "cuda", "tensorrt"]
-BACKENDS: tuple[BackendName, ...] = ("auto", "cpu", "cuda", "tensorrt")
+__all__ = ["Array", "Backend", "Decoder", "Graph", "Tensor", "open_backend"]
 
 MAX_THREADS = 1024  # starting more takes minutes where it works at all
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from kernels import cuda
-from runtime.backend import BackendName
+from runtime.backend_names import BackendName
 from runtime.bundle import Bundle
 from runtime.engines import ENGINES, EngineRecord, Target, find_engines, platform_name, rebuild
 from runtime.errors import BackendError, DependencyError, LinvtError

@@ -4,7 +4,8 @@ Exit codes: 0 done; 1 refused or failed, with one line on stderr; 2 wrong usage;
 Where whoever reads the output leaves early, the code is 1 and there is no line. A locale that cannot show a character
 gets a question mark in its place; JSON is plain ASCII and loses nothing.
 
-Commands parse into one record, call one function and print; no logic is here.
+Commands parse into one record, call one function and print; no logic is here. They import what takes long (NumPy, PyAV,
+ONNX Runtime) inside ``guarded``, and nothing of it is imported here: Ctrl-C is answered from the first moment on.
 """
 
 from __future__ import annotations
@@ -22,9 +23,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn
 
-import msgspec
-
-from runtime.backend import BACKENDS
+from runtime.backend_names import BACKENDS
 from runtime.errors import DependencyError, LinvtError
 
 __all__ = ["Parser", "add_backend_options", "ascii_json", "backend_options", "guarded", "printable", "require_extra"]
@@ -108,6 +107,8 @@ def printable(text: str, kept: str = "") -> str:
 
 def ascii_json(content: Any) -> str:
     """One JSON object on one line, in ASCII: the same in every locale."""
+    import msgspec
+
     return json.dumps(msgspec.to_builtins(content))
 
 

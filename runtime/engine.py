@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.answer import Answer, FinishReason, Progress, Stopwatch, Stream
-from runtime.backend import Backend, BackendName, Tensor, open_backend
+from runtime.backend import Backend, Tensor, open_backend
+from runtime.backend_names import BackendName
 from runtime.batches import FRAME_BATCH, batches
 from runtime.bundle import Bundle
 from runtime.detokenize import Detokenizer

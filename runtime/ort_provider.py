@@ -10,7 +10,7 @@ import re
 import numpy as np
 import onnxruntime as ort
 
-from runtime.backend import BackendName
+from runtime.backend_names import BackendName
 from runtime.errors import BackendError
 from runtime.ort_errors import ORT_ERRORS, reason_of
 

@@ -12,13 +12,15 @@ import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from runtime.answer import Answer
-from runtime.bundle import DEMO, DEMOS
 from runtime.cli import Parser, add_backend_options, ascii_json, backend_options, guarded, printable
-from runtime.engine import VideoQA
-from runtime.options import GenerationOptions
-from runtime.seen import Images, Seen
+
+if TYPE_CHECKING:
+    from runtime.answer import Answer
+    from runtime.engine import VideoQA
+    from runtime.options import GenerationOptions
+    from runtime.seen import Seen
 
 __all__ = ["main"]
 
@@ -42,6 +44,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(argv: list[str] | None) -> RunConfig:
     """Command line -> configuration."""
+    from runtime.bundle import DEMO
+    from runtime.options import GenerationOptions
+
     parser = Parser(PROGRAM, description="Answer a question about a video, or pictures, with an exported bundle.")
     parser.add_argument("bundle", nargs="?", default=DEMO, help="bundle folder, demo (default) or demo-float")
     parser.add_argument("video", nargs="?", help="video file or folder of images; default: the bundled sample")
@@ -66,6 +71,8 @@ def parse(argv: list[str] | None) -> RunConfig:
 
 def check_positionals(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     """BUNDLE VIDEO QUESTION, or BUNDLE QUESTION with pictures, or nothing."""
+    from runtime.bundle import DEMOS
+
     if arguments.image:
         if arguments.question is not None or arguments.video is None:
             parser.error("with --image the arguments are BUNDLE QUESTION")
@@ -113,6 +120,8 @@ def add_generation_options(parser: argparse.ArgumentParser) -> list[str]:
 
 def run(config: RunConfig) -> int:
     """Open, look, answer, print."""
+    from runtime.engine import VideoQA
+
     arguments = config.arguments
     with VideoQA.open(arguments.bundle, **backend_options(arguments)) as qa:
         question = SAMPLE_QUESTION if arguments.question is None else arguments.question
@@ -184,6 +193,8 @@ def all_milliseconds(answer: Answer, seen: Seen) -> dict[str, float]:
 
 def timings(answer: Answer, seen: Seen) -> str:
     """One line: where the time went."""
+    from runtime.seen import Images
+
     stages = rounded(all_milliseconds(answer, seen), 1)
     first = sum(seen.milliseconds.values()) + answer.first_token_ms
     kind, count = ("image", seen.count) if isinstance(seen, Images) else ("frame", len(answer.frame_timestamps))

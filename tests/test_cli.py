@@ -15,6 +15,7 @@ import pytest
 
 import runtime.inspect
 import runtime.run
+from runtime import VideoQA
 from runtime.cli import guarded, printable
 from runtime.errors import VideoError
 from tests.bundles import forge, replaced
@@ -75,7 +76,7 @@ def test_json_is_one_object_and_nothing_else(asked: list[str], capfd: Captured) 
 
 
 def test_times_of_the_video_and_the_question_are_added(asked: list[str]) -> None:
-    with runtime.run.VideoQA.open(asked[0]) as qa:
+    with VideoQA.open(asked[0]) as qa:
         video = qa.video(asked[1])
         answer = qa.ask(video, QUESTION)
     total = runtime.run.all_milliseconds(answer, video)

@@ -16,7 +16,7 @@ from export.demo.sample import QUESTIONS
 from export.demo.scenes import random_scene
 from runtime import VideoQA
 from runtime.bundle import DEMOS, Bundle
-from runtime.inspect import read_evidence
+from runtime.inspect_bundle import read_evidence
 from runtime.run import SAMPLE, SAMPLE_QUESTION, main
 from tests.test_light import answered_without_heavy_packages
 

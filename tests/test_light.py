@@ -5,6 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+import runtime
 from tests.videos import write_video
 
 HEAVY = ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "huggingface_hub", "requests")
@@ -44,3 +47,47 @@ def test_importing_the_runtime_imports_nothing_heavy() -> None:
     modules, seconds = json.loads(python(code).stdout)
     print(f"import runtime.run: {seconds:.2f} s")
     assert not set(HEAVY) & set(modules)
+
+
+def test_public_names_are_there_and_others_are_not() -> None:
+    for name in runtime.__all__:
+        assert getattr(runtime, name).__name__ == name and name in dir(runtime)
+    with pytest.raises(AttributeError, match="module 'runtime' has no attribute 'VideoQa'"):
+        runtime.VideoQa  # noqa: B018
+
+
+INTERRUPTED_AT_AN_IMPORT = """
+import runpy, signal, sys
+
+_, command, package, *arguments = sys.argv
+
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == package:
+            signal.raise_signal(signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it starts in the background
+sys.meta_path.insert(0, Interrupting())
+sys.argv = [command, *arguments]
+runpy.run_module(command, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "package", "arguments"),
+    [
+        ("runtime.run", "numpy", []),
+        ("runtime.run", "onnxruntime", []),
+        ("runtime.inspect", "numpy", ["demo"]),
+        ("calibration", "numpy", ["demo-float", "clips", "-o", "out"]),
+        ("export", "torch", ["checkpoint", "-o", "out"]),
+        ("export.compare", "numpy", ["demo", "checkpoint"]),
+        ("export.check", "numpy", ["demo"]),
+        ("export.build", "numpy", ["demo", "--dry-run"]),
+    ],
+)
+def test_a_command_is_interrupted_in_one_line_while_it_loads(command: str, package: str, arguments: list[str]) -> None:
+    """Until then it has imported nothing that takes long."""
+    done = python(INTERRUPTED_AT_AN_IMPORT, command, package, *arguments)
+    program = {"calibration": "calibrate"}.get(command, command.rpartition(".")[2])
+    assert (done.returncode, done.stderr) == (130, f"linvt-{program}: interrupted\n")
