@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -24,7 +25,7 @@ from calibration.scales import LEAST_SCALE, TensorScale
 from calibration.smooth import ALPHAS, smooth_exponents
 from calibration.thresholds import threshold, thresholds
 
-__all__ = ["CHOICES", "Choice", "chosen_scale", "some_columns"]
+__all__ = ["CHOICES", "Choice", "chosen_scale", "judged", "some_columns"]
 
 Floats = NDArray[np.float32]
 Exponents = NDArray[np.int8]
@@ -34,7 +35,9 @@ CHOICES: tuple[Choice, ...] = get_args(Choice)
 COLUMNS = 4096  # of a weight, evenly spread, on which errors are measured: an LLM's head has 150,000
 
 
-def chosen_scale(linears: Sequence[Linear], observer: Observer, method: Choice, *, smooth: bool) -> TensorScale:
+def chosen_scale(
+    linears: Sequence[Linear], observer: Observer, method: Choice, *, smooth: bool, least: float = LEAST_SCALE
+) -> TensorScale:
     """The scale of the activation that ``linears`` read.
 
     Args:
@@ -42,12 +45,13 @@ def chosen_scale(linears: Sequence[Linear], observer: Observer, method: Choice, 
         observer: what was seen of it.
         method: one of ``CHOICES``; "auto" tries all.
         smooth: whether factors can be folded into what makes the activation.
+        least: smallest scale that the stage holds.
 
     Raises:
         CalibrationError: a weight is not finite.
     """
     weights = [some_columns(linear) for linear in linears]
-    trial = Trial(observer, weights)
+    trial = Trial(observer, weights, least)
     options = [np.zeros(len(observer.channels), np.int8)]
     if smooth:
         tried = [smooth_exponents(observer.channels, weights, alpha) for alpha in ALPHAS]
@@ -61,6 +65,17 @@ def chosen_scale(linears: Sequence[Linear], observer: Observer, method: Choice, 
         error=best.error,
         layers=tuple(linear.name for linear in linears),
         smooth=tuple(best.exponents.tolist()) if best.exponents.any() else (),
+    )
+
+
+def judged(given: TensorScale, linears: Sequence[Linear], observer: Observer) -> TensorScale:
+    """An entry of a scale table, with the layers that it is for and what was seen and found of it here."""
+    trial = Trial(observer, [some_columns(linear) for linear in linears])
+    exponents = np.array(given.smooth or np.zeros(len(observer.channels)), np.int8)
+    with np.errstate(over="ignore"):  # beside a tiny threshold everything is clipped
+        error = trial.error(exponents, given.threshold)
+    return msgspec.structs.replace(
+        given, largest=observer.histogram.largest, error=error, layers=tuple(linear.name for linear in linears)
     )
 
 
@@ -90,8 +105,9 @@ def norm(values: Floats) -> float:
 class Trial:
     """Errors of candidate scales for one activation."""
 
-    def __init__(self, observer: Observer, weights: Sequence[Floats]) -> None:
+    def __init__(self, observer: Observer, weights: Sequence[Floats], least: float = LEAST_SCALE) -> None:
         self.observer = observer
+        self.least = least
         self.weight = np.concatenate(weights, axis=1)  # (K, n): errors are those of all layers together
         self.rows = (observer.sample, observer.loud)  # (R, K) each
         self.wanted = [rows @ self.weight for rows in self.rows]
@@ -115,7 +131,7 @@ class Trial:
         found = dict(thresholds(histogram)) if method == "auto" else {str(method): threshold(histogram, method)}
         if "minmax" in found:
             found["minmax"] = self.largest(exponents)
-        return {name: max(value, LEAST_SCALE * LEVELS) for name, value in found.items()}
+        return {name: max(value, self.least * LEVELS) for name, value in found.items()}
 
     def error(self, exponents: Exponents, limit: float) -> float:
         """Relative error of the layers' outputs, on the evenly drawn rows or on the loudest, whichever is larger."""

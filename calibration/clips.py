@@ -2,7 +2,8 @@
 
 A folder gives every video below it, by suffix, and every subfolder that directly holds pictures (one frame a second, as
 in ``runtime.video``). The folder itself is such a clip where pictures and no videos lie directly in it. A folder is
-entered once, whatever links lead to it, and never by a link up. Hidden and all other files are passed over.
+entered once, whatever links lead to it, and never by a link up. Hidden and all other files are passed over. Files
+are not compared: ``distinct`` does that.
 
 A list (.txt) holds one path per line, relative to the list's folder; lines that start with ``#`` are comments.
 
@@ -13,7 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -22,7 +24,7 @@ from runtime.errors import CalibrationError
 from runtime.video.images import natural_key
 from runtime.video.source import IMAGE_SUFFIXES, LONG_NAME
 
-__all__ = ["VIDEO_SUFFIXES", "Clip", "clips_from", "numbered_lines", "shown"]
+__all__ = ["VIDEO_SUFFIXES", "Clip", "clips_from", "distinct", "numbered_lines", "shown"]
 
 # fmt: off
 VIDEO_SUFFIXES = frozenset({  # containers and raw streams that ffmpeg plays, as they are commonly named
@@ -55,10 +57,18 @@ class Clip:
             if not self.path.is_dir():
                 return _hash_of(self.path).hex()
             digest = hashlib.sha256()
-            images = {os.fsencode(path.name): path for path in _entries(self.path) if _is_image(path)}
+            images = {os.fsencode(path.name): path for path in self._images()}
             for name in sorted(images):
                 digest.update(name + b"\0" + _hash_of(images[name]))
             return digest.hexdigest()
+
+    def size(self) -> int:
+        """Bytes of the file, or of the folder's images."""
+        with _translated(f"{shown(self.path)}: "):
+            return sum(path.stat().st_size for path in (self._images() if self.path.is_dir() else [self.path]))
+
+    def _images(self) -> list[Path]:
+        return [path for path in _entries(self.path) if _is_image(path)]
 
 
 def clips_from(path: str | Path) -> tuple[Clip, ...]:
@@ -74,6 +84,30 @@ def clips_from(path: str | Path) -> tuple[Clip, ...]:
         if given.suffix.lower() == ".txt" and not given.is_dir():
             return _listed(given)
         return tuple(_clips_at(given, PurePosixPath() if given.is_dir() else PurePosixPath(given.name)))
+
+
+def distinct(clips: Sequence[Clip]) -> tuple[tuple[Clip, ...], dict[str, str]]:
+    """Clips of different content, and for every copy, a link being one too, its name and that of the first like it.
+
+    What is alone in its size is not read. A clip that cannot be read is like no other: when it is played, that shows.
+    """
+    sizes = [clip.size() for clip in clips]
+    counts = Counter(sizes)
+    first: dict[str, Clip] = {}
+    copies: dict[str, str] = {}
+    for clip, size in zip(clips, sizes, strict=True):
+        found = first.setdefault(_content(clip) if counts[size] > 1 else f"clip {clip.name}", clip)
+        if found is not clip:
+            copies[clip.name] = found.name
+    return tuple(first.values()), copies
+
+
+def _content(clip: Clip) -> str:
+    """What a clip has in common with its copies alone."""
+    try:
+        return clip.sha256()
+    except CalibrationError:
+        return f"clip {clip.name}"
 
 
 def numbered_lines(path: Path, what: str) -> list[tuple[int, str]]:

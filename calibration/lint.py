@@ -7,18 +7,20 @@ Reads weights where they lie and changes nothing. Does not run the graph: how ac
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from calibration.qdq_rules import DEQUANTIZE, QUANTIZE, SCALES, is_layer, node_problems, stored
-from calibration.trt_rules import constant, operator_problems, supports
+from calibration.trt_rules import constant, operator_problems, problem, supports
 
 __all__ = ["Lint", "lint"]
 
 FLOATS = (*SCALES, ir.DataType.DOUBLE)
 SMALLEST = 1024  # elements: below, a float weight is not worth a word
+PIECE = 2**20  # elements of a weight that are looked at together
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,44 @@ def lint(model: ir.Model, *, floats: Collection[str] = ()) -> Lint:
     problems = [*operator_problems(model)]
     for node in nodes:
         problems += node_problems(node)
+    problems += value_problems(model)
     problems += [
         f"{layer} of {name}: found {size} bytes left in float by accident, expected int8, int4 or a name in floats"
         for name, size, layer in left
         if name not in floats
     ]
     return Lint(tuple(problems), *sizes(model), left, supports(model))
+
+
+def value_problems(model: ir.Model) -> Iterator[str]:
+    """Float constants that are not finite; scales of QuantizeLinear and DequantizeLinear have a rule of their own."""
+    for graph in (model.graph, *model.graph.subgraphs()):
+        for name, value in graph.initializers.items():
+            scale = any(is_operand(use.node, use.idx) for use in value.uses())
+            if value.const_value is not None and not scale and not is_finite(value.const_value):
+                yield f"initializer {name}: found values that are not finite, expected finite numbers"
+    for function in (model.graph, *(function.graph for function in model.functions.values())):
+        for node in function.all_nodes():
+            if node.op_type == "Constant" and not all(map(is_finite, constants_of(node))):
+                yield problem(node, "values that are not finite", "finite numbers")
+
+
+def constants_of(node: ir.Node) -> Iterator[ir.TensorProtocol]:
+    """What a Constant node holds, in one of three forms; there are more, which are not of floats."""
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.TENSOR:
+            yield attribute.as_tensor()
+        elif attribute.type in (ir.AttributeType.FLOAT, ir.AttributeType.FLOATS):
+            yield ir.tensor(np.array(attribute.value, np.float32))
+
+
+def is_finite(tensor: ir.TensorProtocol) -> bool:
+    """Whether no element is infinite or no number; a large tensor in a file is read in pieces."""
+    if tensor.dtype not in FLOATS:
+        return True
+    values = tensor.numpy().reshape(-1)
+    pieces = (values[start : start + PIECE] for start in range(0, values.size, PIECE))
+    return all(np.isfinite(piece.astype(np.float64)).all() for piece in pieces)
 
 
 def float_weights(nodes: Sequence[ir.Node]) -> tuple[tuple[str, int, str], ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import ROUND_FLOOR, Decimal
 from typing import TypeVar
 
 import msgspec
@@ -21,7 +22,7 @@ from runtime.backend import Array
 from runtime.backend_ort import OrtDecoder, OrtGraph
 from runtime.manifest import Manifest
 
-__all__ = ["Examples", "Loss", "measured"]
+__all__ = ["Examples", "Loss", "floored", "measured"]
 
 Floats = NDArray[np.float32]
 Pair = tuple[Mapping[str, Array], Mapping[str, Array]]  # what a run was fed with, what it gave
@@ -51,6 +52,11 @@ class Loss(msgspec.Struct, frozen=True, kw_only=True):
     overlap: float | None = None
     worth: float | None = None
     agreement: float | None = None
+
+
+def floored(value: float, digits: int) -> Decimal:
+    """So many digits behind the point of the smallest of several values: rounded down, for none is below it."""
+    return Decimal(repr(float(value))).quantize(Decimal(1).scaleb(-digits), ROUND_FLOOR)
 
 
 @dataclass

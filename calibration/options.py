@@ -18,6 +18,7 @@ LLM = Literal["int8", "int4", "float"]
 Embedding = Literal["float", "int8"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 BLOCKS = (16, 32, 64, 128, 256)
+DEFAULT_BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class QuantizeOptions:
     embedding: Embedding = "float"
     method: Choice = "auto"
     rounding: Rounding = "auto"
-    block: int = 128
+    block: int = DEFAULT_BLOCK
     min_cosine: float = 0.999
     min_cosine_llm: float | None = None
     max_drop: float | None = None
@@ -81,3 +82,8 @@ class QuantizeOptions:
     def decode(self) -> LLM:
         """What the LLM becomes."""
         return self.llm or self.precision
+
+    @property
+    def narrow_options(self) -> dict[str, bool]:
+        """Options about 4-bit weights, and whether something but the default is asked for."""
+        return {"rounding": self.rounding != "auto", "block-size": self.block != DEFAULT_BLOCK}

@@ -6,30 +6,28 @@ builds many. Every build starts from the float graph's file, whose weights are r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
 from calibration.blocks import Blocks
-from calibration.choose import chosen_scale
+from calibration.choose import chosen_scale, judged
 from calibration.choose_blocks import chosen_blocks
-from calibration.insert import LEVELS, Exponents, Factors, insert_int4, insert_int8
+from calibration.insert import LEVELS, SMALLEST, Exponents, Factors, insert_int4, insert_int8
 from calibration.linears import Linear, fold_constant_products, grouped, linears_of
 from calibration.observe import Observer
 from calibration.options import QuantizeOptions
 from calibration.scales import LEAST_SCALE, TensorScale
-from calibration.smooth import Fold, fold_of, put_column_factors, put_factors
-from calibration.thresholds import METHODS
+from calibration.smooth import Fold, fold_of, overflowing, put_column_factors, put_factors
 from runtime.errors import CalibrationError
 from runtime.manifest import StageSpec
 
-__all__ = ["DTYPES", "Plan", "built", "float_graph", "planned"]
+__all__ = ["DTYPES", "Plan", "built", "can_fold", "float_graph", "planned"]
 
-BY_HAND = "by hand"
-LARGEST_SCALE = {"float32": 3e38, "float16": 65504.0}
 DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
 
 
@@ -92,19 +90,14 @@ def planned(
         observers: what was seen of every activation.
         options: the run's.
         narrow: 4-bit weights in place of W8A8.
-        given: entries of a scale table, which are taken as they are; 4-bit weights are fitted anew.
+        given: entries of a scale table that ``check_given`` found good; 4-bit weights are fitted anew.
         progress: told which activation of how many is on.
 
     Raises:
-        CalibrationError: an activation that was always 0, an entry that does not fit, or no weight that blocks divide.
+        CalibrationError: an activation that was always 0, or no weight that blocks divide.
     """
     _, layers = float_graph(source)
     groups = grouped(layers.values())
-    if unknown := sorted(given.keys() - groups.keys()):
-        raise CalibrationError(
-            f"the scale table has an entry for {unknown[0]!r:.80}, which no layer of {source.name} reads; remove the "
-            "entry or calibrate again"
-        )
     scales: dict[str, TensorScale] = {}
     blocks: dict[str, Blocks] = {}
     for number, (name, linears) in enumerate(groups.items(), 1):
@@ -114,16 +107,15 @@ def planned(
                 f"activation {name} was 0 on all clips, which gives a scale of 0; calibrate with clips that show "
                 "something, and check the float bundle"
             )
-        smooth = can_fold(fold_of(linears, layers), spec)
-        if narrow:
-            scales[name], of_layers = chosen_blocks(
-                linears, observers[name], options.block, options.rounding, smooth=smooth
-            )
-            blocks.update(of_layers)
-        elif name in given:
-            scales[name] = checked(given[name], linears[0].shape[0], name, spec, smooth=smooth)
-        else:
-            scales[name] = chosen_scale(linears, observers[name], options.method, smooth=smooth)
+        fold = fold_of(linears, layers)
+        chosen = partial(choice, linears, observers[name], options, spec, narrow=narrow, given=given.get(name))
+        scales[name], of_layers = chosen(smooth=can_fold(fold, spec))
+        exponents = np.array(scales[name].smooth, np.int8)
+        if spec.compute != "float32" and exponents.size and name not in given:
+            assert fold is not None, "nothing else is smoothed"
+            if overflowing(fold, linears, layers, exponents, DTYPES[spec.compute]):
+                scales[name], of_layers = chosen(smooth=False)
+        blocks.update(of_layers)
     if narrow and not blocks:
         raise CalibrationError(
             f"{source.name} has no layer whose input channels a block of 16 or more divides, expected at least one; "
@@ -132,29 +124,28 @@ def planned(
     return Plan(source, spec, scales, blocks)
 
 
+def choice(
+    linears: Sequence[Linear],
+    observer: Observer,
+    options: QuantizeOptions,
+    spec: StageSpec,
+    *,
+    narrow: bool,
+    given: TensorScale | None,
+    smooth: bool,
+) -> tuple[TensorScale, dict[str, Blocks]]:
+    """The scale of one activation, or the blocks of the layers that read it."""
+    if narrow:
+        return chosen_blocks(linears, observer, options.block, options.rounding, smooth=smooth)
+    if given is not None:
+        return judged(given, linears, observer), {}
+    least = max(LEAST_SCALE, SMALLEST[DTYPES[spec.compute]])
+    return chosen_scale(linears, observer, options.method, smooth=smooth, least=least), {}
+
+
 def can_fold(fold: Fold | None, spec: StageSpec) -> bool:
     """Whether factors may go there: a feeder's columns, 2^-10 times as large, would leave float16's normal numbers."""
     return fold is not None and (fold.norm is not None or spec.compute == "float32")
-
-
-def checked(scale: TensorScale, width: int, name: str, spec: StageSpec, *, smooth: bool) -> TensorScale:
-    """An entry of a given table that fits its activation."""
-    if scale.method not in (*METHODS, BY_HAND):
-        raise CalibrationError(
-            f"the scale table's entry for {name} is of method {scale.method!r:.40}, which is one of 4-bit weights, "
-            f"expected one of {', '.join(METHODS)} or {BY_HAND!r}; remove the entry or calibrate again"
-        )
-    if scale.threshold / LEVELS > LARGEST_SCALE[spec.compute]:
-        raise CalibrationError(
-            f"the scale table's threshold for {name} is {scale.threshold:g}, whose scale {spec.compute} cannot hold; "
-            "correct the entry or calibrate again"
-        )
-    if scale.smooth and (len(scale.smooth) != width or not smooth):
-        raise CalibrationError(
-            f"the scale table smooths {name} with {len(scale.smooth)} exponents; the activation has {width} channels"
-            f"{'' if smooth else ' and cannot be smoothed'}; remove the entry's smooth list or calibrate again"
-        )
-    return scale
 
 
 def float_graph(source: Path) -> tuple[ir.Model, dict[str, Linear]]:

@@ -10,20 +10,31 @@ import hashlib
 import platform
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 
 from calibration.accuracy import answerable, right_answers
-from calibration.clips import Clip, clips_from
+from calibration.checks import check_options, check_questions, check_source
+from calibration.clips import Clip, clips_from, distinct
 from calibration.collect import Collected, collected
 from calibration.embedding import write_narrow_embedding
+from calibration.given import given_entries
+from calibration.measure import floored
 from calibration.options import QuantizeOptions
 from calibration.plan import Plan, planned
 from calibration.questions import Labelled, Questions, questions_from
 from calibration.report import REPORT, SCALES, Accuracy, Report, StageReport, encode_report, versions
-from calibration.scales import ScaleTable, StageScales, encode_table, read_table, weights_hash
+from calibration.scales import (
+    ScaleTable,
+    StageScales,
+    TensorScale,
+    check_weights,
+    encode_table,
+    read_table,
+    weights_hash,
+)
 from calibration.sensitivity import Target, TargetMissedError
 from calibration.write import bundle_draft, file_specs, replace_file, written
 from calibration.write_stage import StageWriter
@@ -37,6 +48,7 @@ __all__ = ["quantized_bundle"]
 
 Progress = Callable[[str], None]
 Written = Mapping[str, tuple[StageSpec, StageReport]]
+Given = Mapping[str, Mapping[str, TensorScale]]  # entries of a scale table, by stage and activation
 
 EMBEDDING = "embedding.safetensors"
 ORDER = ("vision", "refine", "aggregate", "decode")  # in which stages are quantised
@@ -53,6 +65,8 @@ def quantized_bundle(
     options: QuantizeOptions,
     progress: Progress = lambda step: None,
     note: Progress = lambda line: None,
+    *,
+    called: Path | str | None = None,
 ) -> Path:
     """Quantise a bundle; returns the new bundle's folder.
 
@@ -63,45 +77,30 @@ def quantized_bundle(
         options: what to quantise, and what has to be kept.
         progress: told the name of each step as it begins, and behind a colon how far it is.
         note: told what the user should know.
+        called: what errors call the float bundle, where that is not ``source``.
 
     Raises:
         CalibrationError, BundleError, OptionError, OutputError: one line each; the output is as it was.
     """
-    bundle = Bundle.open(source)
-    check_source(bundle)
-    table = read_table(options.scales, bundle) if options.scales else None
-    found, questions = clips_from(clips), questions_from(options.questions)
-    check_questions(questions, found, options)
+    bundle, called = Bundle.open(source), called or source
+    check_options(options)
+    check_source(bundle, called)
+    table = read_table(options.scales) if options.scales else None
+    if options.scales and table:
+        check_weights(options.scales, table, bundle, called)
+    given, questions = clips_from(clips), questions_from(options.questions)
+    check_questions(questions, given, options)
     with bundle_draft(output, force=options.force) as draft:
-        Run(bundle, draft, options, found, questions, progress, note).quantize(table)
+        found, copies = distinct(given)
+        for name, first in copies.items():
+            note(f"skipped {name}: {copy_of(first)}")
+        Run(bundle, draft, options, found, questions.about(copies), progress, note, copies).quantize(table)
     return output
 
 
-def check_source(bundle: Bundle) -> None:
-    """The bundle is a float one that this machine can run."""
-    for name, stage in bundle.manifest.stages.items():
-        if stage.quantized:
-            raise CalibrationError(
-                f"{bundle.folder} is quantised already ({name}: {stage.quantized.weights}); give the float bundle it "
-                "was made of (demo-float for the demo)"
-            )
-        if stage.compute == "bfloat16":
-            raise CalibrationError(
-                f"{bundle.folder}: {name} computes in bfloat16, which the CPU cannot run; export with --dtype float32"
-            )
-
-
-def check_questions(questions: Questions, clips: Sequence[Clip], options: QuantizeOptions) -> None:
-    """Labels are there where they are needed, and about clips that are."""
-    if unknown := questions.unknown_clips([clip.name for clip in clips]):
-        raise CalibrationError(
-            f"{options.questions} asks about {unknown[0]!r:.80}, which is none of the {len(clips)} clips "
-            f"(such as {clips[0].name!r:.80}); use the clips' names below the folder"
-        )
-    if options.max_drop is not None and not questions.labelled:
-        raise CalibrationError(
-            "--max-drop needs labelled questions; give --questions FILE.jsonl with lines of question, clip and answer"
-        )
+def copy_of(first: str) -> str:
+    """Why a copy of a clip is left out."""
+    return f"it has the content of {first}, which counts once"
 
 
 @dataclass(frozen=True)
@@ -115,6 +114,7 @@ class Run:
     questions: Questions
     progress: Progress
     note: Progress
+    copies: Mapping[str, str] = field(default_factory=dict)  # names of clips that were left out for another's
 
     @property
     def stages(self) -> list[str]:
@@ -125,6 +125,13 @@ class Run:
     def quantize(self, table: ScaleTable | None) -> None:
         """Everything between the checked input and the finished draft."""
         options = self.options
+        if options.decode == "int8" and any(options.narrow_options.values()):
+            self.note("decode: --rounding and --block-size are about weights of 4 bits, of which there are none")
+        given: Given = {}
+        if table:
+            wide = [stage for stage in self.stages if not self.narrow(stage)]
+            given = given_entries(str(options.scales), table, self.bundle, wide, self.note)
+        embedding = self.narrow_embedding() if options.embedding == "int8" else None
         found = collected(
             self.bundle,
             self.clips,
@@ -137,7 +144,12 @@ class Run:
         )
         self.note_few(found)
         labelled = answerable(self.questions.labelled, found.skipped, required=options.max_drop is not None)
-        plans = {stage: self.plan(stage, found, table) for stage in self.stages}
+        if gone := len(self.questions.labelled) - len(labelled):
+            self.note(
+                f"labelled answers: {gone} of {gone + len(labelled)} questions are about clips that could not be read; "
+                "they are not asked"
+            )
+        plans = {stage: self.plan(stage, found, given.get(stage, {})) for stage in self.stages}
         replace_file(self.draft / SCALES, encode_table(self.table(plans, found)))
         self.progress("copy")
         self.copy_rest()
@@ -145,7 +157,7 @@ class Run:
         self.progress("write")
         for stage, (_, report) in stages.items():
             self.note(f"{stage}: {report}")
-        replace_file(self.draft / REPORT, encode_report(self.report(stages, found, accuracy)))
+        replace_file(self.draft / REPORT, encode_report(self.report(stages, found, accuracy, embedding)))
         self.write_manifest(stages)
 
     def note_few(self, found: Collected) -> None:
@@ -157,21 +169,19 @@ class Run:
         if not found.held_out:
             self.note("losses are measured on clips that calibrated too: there were too few to hold some out")
 
-    def plan(self, stage: str, found: Collected, table: ScaleTable | None) -> Plan:
-        """Scales of one stage, from the given table where it has them."""
+    def narrow(self, stage: str) -> bool:
+        """Whether a stage gets 4-bit weights, in place of W8A8."""
+        return stage == "decode" and self.options.decode == "int4"
+
+    def plan(self, stage: str, found: Collected, given: Mapping[str, TensorScale]) -> Plan:
+        """Scales of one stage, from the given entries where there are some."""
         spec = self.bundle.manifest.stages[stage]
-        given = table.stages[stage].tensors if table and stage in table.stages else {}
-        narrow = stage == "decode" and self.options.decode == "int4"
-        if narrow and given:
-            self.note(
-                f"{stage}: weights of 4 bits are chosen anew; the scale table's {len(given)} entries are not used"
-            )
         return planned(
             self.bundle.path(spec.file),
             spec,
             found.observers[stage],
             self.options,
-            narrow=narrow,
+            narrow=self.narrow(stage),
             given=given,
             progress=lambda number, count: self.progress(f"choose {stage}: {number}/{count}"),
         )
@@ -253,7 +263,7 @@ class Run:
             )
 
     def copy_rest(self) -> None:
-        """Everything that is not quantised, as it is; the embedding table in 8 bits where asked."""
+        """Everything that is not quantised, as it is; a token embedding table in 8 bits is there already."""
         gone = {EVIDENCE, REPORT, SCALES, *(file for stage in self.stages for file in self.files_of(stage))}
         narrow = self.options.embedding == "int8"
         for name in self.bundle.manifest.files:
@@ -263,18 +273,17 @@ class Run:
             with written(self.draft):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, target)
-        if narrow:
-            self.narrow_embedding()
 
-    def narrow_embedding(self) -> None:
-        """Write the token embedding table in 8 bits; its rows have to keep what stages have to."""
+    def narrow_embedding(self) -> float:
+        """Write the token embedding table in 8 bits; the cosine of its worst row, which has to be what stages keep."""
         cosine = write_narrow_embedding(self.bundle.path(EMBEDDING), self.draft / EMBEDDING)
-        self.note(f"embedding: int8, cosine of the worst row {cosine:.5f}")
+        self.note(f"embedding: int8, cosine of the worst row {floored(cosine, 5)}")
         if cosine < self.options.min_cosine:
             raise CalibrationError(
-                f"the token embedding table keeps a cosine of {cosine:.5f} only in 8 bits (its worst row), expected "
-                f"{self.options.min_cosine:g}; leave out --embedding int8, or ask for less with --min-cosine"
+                f"the token embedding table keeps a cosine of {floored(cosine, 5)} only in 8 bits (its worst row), "
+                f"expected {self.options.min_cosine:g}; leave out --embedding int8, or ask for less with --min-cosine"
             )
+        return cosine
 
     def files_of(self, stage: str) -> Collection[str]:
         """Files that a float stage consists of."""
@@ -296,7 +305,7 @@ class Run:
         )
         replace_file(self.draft / MANIFEST, encode_manifest(manifest))
 
-    def report(self, stages: Written, found: Collected, accuracy: Accuracy | None) -> Report:
+    def report(self, stages: Written, found: Collected, accuracy: Accuracy | None, embedding: float | None) -> Report:
         """What ``quantization.json`` says."""
         given = {name: str(value) for name in ("questions", "scales") if (value := getattr(self.options, name))}
         chosen = (
@@ -315,7 +324,7 @@ class Run:
             calibrated_on=len(found.clips),
             measured_on=tuple(found.measured),
             held_out=found.held_out,
-            skipped=found.skipped,
+            skipped={**found.skipped, **{name: copy_of(first) for name, first in self.copies.items()}},
             options={
                 **{name: getattr(self.options, name) for name in chosen},
                 **{k: Path(v).name for k, v in given.items()},
@@ -324,6 +333,7 @@ class Run:
             accuracy=accuracy,
             versions=versions(),
             machine=f"{platform.system()} {platform.machine()}",
+            embedding=embedding,
         )
 
 

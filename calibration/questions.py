@@ -9,7 +9,7 @@ Does not look at clips and asks nothing. Control tokens of a model in a question
 from __future__ import annotations
 
 import string
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -68,6 +68,12 @@ class Questions:
             return own
         first = number * count
         return tuple(self.plain[i % len(self.plain)] for i in range(first, first + min(count, len(self.plain))))
+
+    def about(self, names: Mapping[str, str]) -> Questions:
+        """The same with other names of clips: ``names`` has the new one by the old one."""
+        labelled = (Labelled(names.get(one.clip, one.clip), one.question, one.answers) for one in self.labelled)
+        named = ((names.get(clip, clip), question) for clip, question in self.named)
+        return Questions(self.plain, tuple(labelled), tuple(named))
 
     def unknown_clips(self, names: Iterable[str]) -> tuple[str, ...]:
         """Clips that questions are about and that are not among ``names``, each once, in the file's order."""

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from calibration.measure import Loss
+from calibration.measure import Loss, floored
 from runtime.version import __version__
 
 __all__ = ["REPORT", "SCALES", "Accuracy", "Report", "StageReport", "encode_report", "versions"]
@@ -69,9 +69,9 @@ class StageReport(msgspec.Struct, frozen=True, kw_only=True):
     def __str__(self) -> str:
         """The stage in one line."""
         loss = self.loss
-        parts = [f"{self.weights}, {self.layers} layers", f"cosine {loss.cosine:.5f}"]
+        parts = [f"{self.weights}, {self.layers} layers", f"cosine {floored(loss.cosine, 5)}"]
         if loss.overlap is not None and loss.worth is not None:
-            parts.append(f"selection overlap {loss.overlap:.1%} and worth {loss.worth:.1%}")
+            parts.append(f"selection overlap {loss.overlap:.1%} and worth {floored(100 * loss.worth, 1)}%")
         if loss.agreement is not None:
             parts.append(f"{loss.agreement:.1%} of tokens agree")
         parts.append(f"{self.size_ratio:.3f} of float32's size")
@@ -81,10 +81,13 @@ class StageReport(msgspec.Struct, frozen=True, kw_only=True):
         return ", ".join(parts)
 
 
-class Report(msgspec.Struct, frozen=True, kw_only=True):
+class Report(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The whole run.
 
     Attributes:
+        skipped: clips that were left out, with the reason.
+        embedding: smallest cosine of a row of the token embedding table with what it was; left out where it is as it
+            was.
         measured_on: clips that the stages' losses are of.
         held_out: whether none of these calibrated.
     """
@@ -99,6 +102,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     accuracy: Accuracy | None
     versions: dict[str, str]
     machine: str
+    embedding: float | None = None
 
 
 def encode_report(report: Report) -> bytes:

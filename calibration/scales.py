@@ -21,6 +21,7 @@ __all__ = [
     "ScaleTable",
     "StageScales",
     "TensorScale",
+    "check_weights",
     "encode_table",
     "read_table",
     "weights_hash",
@@ -94,6 +95,18 @@ class ScaleTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     stages: dict[str, StageScales]
 
 
+class RawStage(msgspec.Struct):
+    """A stage whose entries were not looked at yet."""
+
+    tensors: dict[str, msgspec.Raw]
+
+
+class RawTable(msgspec.Struct):
+    """A table of them."""
+
+    stages: dict[str, RawStage]
+
+
 class Header(msgspec.Struct):
     """The two fields that every version has."""
 
@@ -114,11 +127,11 @@ def encode_table(table: ScaleTable) -> bytes:
     return LIST.sub(lambda found: b"[" + b" ".join(found[0][1:-1].split()) + b"]", indented) + b"\n"
 
 
-def read_table(path: Path, bundle: Bundle) -> ScaleTable:
-    """Read a table and check that it was made for this bundle's weights.
+def read_table(path: Path) -> ScaleTable:
+    """Read a table, whatever model it is of.
 
     Raises:
-        CalibrationError: unreadable, not a table, of another version or of another model.
+        CalibrationError: unreadable, not a table, or of another version.
     """
     data = table_bytes(path)
     try:
@@ -128,14 +141,27 @@ def read_table(path: Path, bundle: Bundle) -> ScaleTable:
                 f"{path} has format {header.format!r:.40} version {header.version}, expected {FORMAT!r} version "
                 f"{VERSION}; calibrate again"
             )
-        table = msgspec.json.decode(data, type=ScaleTable)
+        return msgspec.json.decode(data, type=ScaleTable)
     except JSON_ERRORS as error:
         raise CalibrationError(
-            f"{path} is not a scale table: {error!s:.200}; correct it, or take the scales.json of a bundle "
-            "that was calibrated"
+            f"{path} is not a scale table: {named_fault(data) or str(error)[:200]}; correct it, or take the "
+            "scales.json of a bundle that was calibrated"
         ) from error
-    check_weights(path, table, bundle)
-    return table
+
+
+def named_fault(data: bytes) -> str:
+    """The first entry that does not fit, by name, and why; empty where no entry is to blame."""
+    try:
+        stages = msgspec.json.decode(data, type=RawTable).stages
+    except JSON_ERRORS:
+        return ""
+    for stage, found in stages.items():
+        for name, entry in found.tensors.items():
+            try:
+                msgspec.json.decode(entry, type=TensorScale)
+            except JSON_ERRORS as error:
+                return f"{stage!r:.40}, entry {name!r:.80}: {error!s:.200}"
+    return ""
 
 
 def table_bytes(path: Path) -> bytes:
@@ -153,10 +179,14 @@ def table_bytes(path: Path) -> bytes:
         raise CalibrationError(f"cannot read the scale table {path}: {error.strerror}; check the path") from error
 
 
-def check_weights(path: Path, table: ScaleTable, bundle: Bundle) -> None:
-    """The table was made for the weights of this bundle."""
+def check_weights(path: Path, table: ScaleTable, bundle: Bundle, called: Path | str) -> None:
+    """The table was made for the weights of this bundle, which errors call ``called``.
+
+    Raises:
+        CalibrationError: it was made for other weights.
+    """
     for name, stage in table.stages.items():
         if name not in bundle.manifest.stages or stage.weights != weights_hash(bundle, name):
             raise CalibrationError(
-                f"{path} was made for other weights of the stage {name!r:.40} than {bundle.folder} has; calibrate again"
+                f"{path} was made for other weights of the stage {name!r:.40} than {called} has; calibrate again"
             )

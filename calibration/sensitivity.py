@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
-from calibration.measure import Loss
+from calibration.measure import Loss, floored
 from runtime.errors import CalibrationError
 
 __all__ = ["Kept", "Target", "TargetMissedError", "kept_groups"]
@@ -97,14 +97,18 @@ def refusal(stage: str, target: Target, everything: Loss, least: Loss) -> str:
     """Why a stage cannot be quantised: what was found with all groups, and with the least harmful one alone."""
 
     def told(cosine: float, worth: float | None) -> str:
-        return f"cosine {cosine:.7g}" + ("" if everything.worth is None else f", the selection's worth {worth:.5g}")
+        return f"cosine {cosine:.7g}" + ("" if worth is None else f", the selection's worth {worth:.5g}")
+
+    def found(loss: Loss) -> str:
+        return told(float(floored(loss.cosine, 7)), None if loss.worth is None else float(floored(loss.worth, 5)))
+
+    wanted = told(target.cosine, None if everything.worth is None else target.worth)
 
     option = "--min-cosine-llm" if stage == "decode" else "--min-cosine"
     lower = f"ask for less with {option}, " if not everything.cosine >= target.cosine else ""
     return (
-        f"{stage}: the target ({told(target.cosine, target.worth)}) does not hold with any layer quantised: "
-        f"{told(everything.cosine, everything.worth)} with all of them, {told(least.cosine, least.worth)} with the "
-        f"least harmful one alone; {lower}give more clips or try another --method"
+        f"{stage}: the target ({wanted}) does not hold with any layer quantised: {found(everything)} with all of them, "
+        f"{found(least)} with the least harmful one alone; {lower}give more clips or try another --method"
     )
 
 

@@ -18,9 +18,19 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from calibration.insert import LEVELS
 from calibration.linears import Linear, constant_behind, matrix, replace_constant
 
-__all__ = ["ALPHAS", "Fold", "Folds", "fold_of", "put_column_factors", "put_factors", "smooth_exponents"]
+__all__ = [
+    "ALPHAS",
+    "Fold",
+    "Folds",
+    "fold_of",
+    "overflowing",
+    "put_column_factors",
+    "put_factors",
+    "smooth_exponents",
+]
 
 Floats = NDArray[np.float32]
 Exponents = NDArray[np.int8]
@@ -88,6 +98,40 @@ def smooth_exponents(channels: Floats, weights: Sequence[Floats], alpha: float) 
     logs[alive] = alpha * np.log2(channels[alive]) - (1 - alpha) * np.log2(columns[alive])
     logs[alive] -= np.median(logs[alive]) if alive.any() else 0  # the common part changes nothing
     return np.rint(logs).clip(-MOST, MOST).astype(np.int8)
+
+
+def overflowing(
+    fold: Fold, linears: Sequence[Linear], layers: Mapping[str, Linear], exponents: Exponents, dtype: ir.DataType
+) -> str:
+    """Name of the first constant that leaves its range where factors 2^exponents are folded in; empty where none does.
+
+    What becomes too small is no fault: it costs accuracy, which is measured.
+
+    Args:
+        fold: where the factors go; there its constants keep their dtypes.
+        linears: layers whose rows are multiplied by the factors, and then quantised with scales of ``dtype``.
+        layers: all of the graph.
+        exponents: (K,).
+        dtype: what the graph computes in.
+    """
+    signed = exponents.astype(np.int32)
+    divided = fold.norm.inputs[1:] if fold.norm is not None else [layers[str(fold.feeder)].node.inputs[1]]
+    for value in divided:
+        stored = constant_behind(value)
+        assert value is not None and value.dtype is not None and stored is not None
+        if leaves(np.ldexp(matrix(value), -signed), value.dtype):
+            return str(stored.name)
+    for linear in linears:
+        largest = np.abs(linear.weight()).max(axis=1)  # (K,) f32
+        if leaves(np.ldexp(largest, signed) / np.float32(LEVELS), dtype):
+            return linear.name
+    return ""
+
+
+def leaves(values: Floats, dtype: ir.DataType) -> bool:
+    """Whether ``dtype`` holds one of the values as infinite, or it is no number."""
+    with np.errstate(over="ignore"):
+        return not np.isfinite(values.astype(dtype.numpy())).all()
 
 
 def put_factors(graph: ir.Graph, norm: ir.Node, exponents: Exponents) -> None:

@@ -10,10 +10,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from calibration.checks import check_options, check_questions
 from calibration.clips import clips_from
+from calibration.given import check_table
 from calibration.options import QuantizeOptions
-from calibration.quantize import check_questions, quantized_bundle
+from calibration.quantize import quantized_bundle
 from calibration.questions import questions_from
+from calibration.scales import read_table
 from calibration.write import bundle_draft, written
 from export.checkpoint import Checkpoint
 from export.convert import ExportOptions, bundle_from_checkpoint
@@ -45,7 +48,8 @@ def quantized_from_checkpoint(
     with bundle_draft(options.output, force=options.force) as draft:
         plain, narrow = draft / "float", draft / "quantized"
         bundle_from_checkpoint(replace(options, output=plain, force=False), progress, note)
-        quantized_bundle(plain, clips, narrow, replace(quantize, force=False), progress, note)
+        quantize = replace(quantize, force=False)
+        quantized_bundle(plain, clips, narrow, quantize, progress, note, called=options.checkpoint)
         with written(options.output):
             shutil.rmtree(plain)
             for path in narrow.iterdir():
@@ -56,6 +60,10 @@ def quantized_from_checkpoint(
 
 def check(options: ExportOptions, clips: Path, quantize: QuantizeOptions) -> None:
     """What can be refused before the export, which takes minutes."""
+    check_options(quantize)
+    if quantize.scales:
+        unused = ("decode",) if quantize.decode != "int8" else ()
+        check_table(str(quantize.scales), read_table(quantize.scales), unused)
     check_questions(questions_from(quantize.questions), clips_from(clips), quantize)
     if options.dtype == "float32":
         return

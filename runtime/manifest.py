@@ -83,6 +83,12 @@ class QuantizedSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     cosine: float
     size_ratio: float
 
+    def __post_init__(self) -> None:
+        if self.layers < 0 or not -1 <= self.cosine <= 1:
+            raise ValueError(
+                f"quantised layers are {self.layers} and their cosine {self.cosine:g}, 0 or more and -1 to 1"
+            )
+
 
 class StageSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One graph of the bundle.

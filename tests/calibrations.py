@@ -56,16 +56,27 @@ def all_below(folder: Path) -> dict[str, float]:
 
 
 def failure(
-    capfd: Captured, tmp_path: Path, clips: Path, *arguments: str, bundle: Path | str = "demo-float", code: int = 1
+    capfd: Captured,
+    tmp_path: Path,
+    clips: Path,
+    *arguments: str,
+    bundle: Path | str = "demo-float",
+    code: int = 1,
+    steps: list[str] | None = None,
 ) -> str:
-    """The one line, below those of steps, with which the command ends; nothing on disk has changed."""
+    """The one line, below those of steps, with which the command ends; nothing on disk has changed.
+
+    The lines of steps are added to ``steps``.
+    """
     before = all_below(tmp_path)
     capfd.readouterr()
     assert main([str(bundle), str(clips), "-o", str(tmp_path / "out"), *arguments]) == code
     output, errors = capfd.readouterr()
-    *steps, line = errors.splitlines()
+    *told, line = errors.splitlines()
     assert output == "" and line.startswith("linvt-calibrate: ") and len(line) < 600, line
-    assert all(step.startswith(STEPS) for step in steps), steps
+    assert all(step.startswith(STEPS) for step in told), told
+    if steps is not None:
+        steps += told
     after = all_below(tmp_path)
     assert after == before, sorted(after.items() ^ before.items())
     return line

@@ -267,7 +267,10 @@ def test_a_table_gives_its_graphs_again_and_an_edit_of_it_shows(made: Made, clip
     assert differing == {"vision.onnx", "vision.opset23.onnx"}
     scales = {tensor.name: tensor for tensor in onnx.load(str(again / "vision.onnx")).graph.initializer}
     assert onnx.numpy_helper.to_array(scales[f"{name}.scale"]) == np.float32(0.1)
-    assert table_of(again).stages == table.stages
+    found = table_of(again).stages
+    assert found["vision"].tensors[name].error > edited.error  # of what the edit makes of it
+    found["vision"].tensors[name] = edited
+    assert found == table.stages
 
 
 # --- labelled answers

@@ -23,7 +23,7 @@ import calibration.write_stage
 from calibration.__main__ import main
 from calibration.options import QuantizeOptions
 from calibration.quantize import quantized_bundle
-from calibration.report import REPORT, SCALES, Report
+from calibration.report import REPORT, Report
 from runtime.backend import MAX_THREADS
 from runtime.bundle import Bundle
 from runtime.embedding import EmbeddingTable
@@ -70,6 +70,8 @@ def setting(value: float, *where: slice) -> Edit:
         (["--frames", "33"], "33 frames asked for, the bundle takes 3 to 32"),
         (["--questions", "none.jsonl"], "none.jsonl: there is no such file"),
         (["--scales", "none.json"], "cannot read the scale table none.json"),
+        (["--llm", "float", "--min-cosine-llm", "0.9"], "--llm float quantises nothing of the LLM; found --min-cosine"),
+        (["--llm", "float", "--rounding", "gptq", "--block-size", "64"], "found --rounding, --block-size, which is"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -131,29 +133,6 @@ def test_a_bundle_that_the_cpu_cannot_run(capfd: Captured, tmp_path: Path, clips
     assert "decode computes in bfloat16, which the CPU cannot run" in failure(capfd, tmp_path, clips, bundle=bundle)
 
 
-def test_a_table_of_another_model_or_with_entries_that_do_not_fit(
-    capfd: Captured, tmp_path: Path, clips: Path, quantized: Path
-) -> None:
-    table = json.loads((quantized / SCALES).read_text())
-    name, entry = next((k, v) for k, v in table["stages"]["vision"]["tensors"].items() if v["smooth"])
-
-    def said(edit: Callable[[dict[str, Any]], object]) -> str:
-        changed = json.loads(json.dumps(table))
-        edit(changed["stages"]["vision"])
-        (tmp_path / "table.json").write_text(json.dumps(changed))
-        return failure(capfd, tmp_path, clips, *QUICK, "--scales", str(tmp_path / "table.json"))
-
-    assert "was made for other weights of the stage 'vision'" in said(lambda stage: stage.update(weights="0" * 64))
-    assert f"smooths {name} with 1 exponents" in said(lambda stage: stage["tensors"][name].update(smooth=[1]))
-    assert "an entry for 'no_such', which no layer of vision.onnx reads" in said(
-        lambda stage: stage["tensors"].update(no_such=entry)
-    )
-    assert "threshold" in said(lambda stage: stage["tensors"][name].update(threshold=-1.0))
-    assert "is of method 'gptq', which is one of 4-bit weights" in said(
-        lambda stage: stage["tensors"][name].update(method="gptq")
-    )
-
-
 def test_an_embedding_table_that_8_bits_ruin(capfd: Captured, tmp_path: Path, clips: Path) -> None:
     """One value of a row is so large that nothing is left of its others."""
     source = Bundle.open("demo-float")
@@ -163,8 +142,11 @@ def test_an_embedding_table_that_8_bits_ruin(capfd: Captured, tmp_path: Path, cl
     save_file({"embedding": rows}, tmp_path / "table")
     files: dict[str, Any] = {"embedding__safetensors": (tmp_path / "table").read_bytes()}
     bundle = forge(source.folder, tmp_path / "bundle", **files)
-    line = failure(capfd, tmp_path, clips, *QUICK, "--min-cosine", "0.9999", "--embedding", "int8", bundle=bundle)
+    steps: list[str] = []
+    options = ["--min-cosine", "0.9999", "--embedding", "int8"]
+    line = failure(capfd, tmp_path, clips, *QUICK, *options, bundle=bundle, steps=steps)
     assert "the token embedding table keeps a cosine of" in line
+    assert not any("clips" in step for step in steps)  # none was played
 
 
 def test_a_missing_extra_is_named_before_anything_fails_for_it(
@@ -200,20 +182,20 @@ def test_no_clip_that_can_be_read(capfd: Captured, tmp_path: Path) -> None:
     folder = tmp_path / "clips"
     folder.mkdir()
     for number in range(5):
-        (folder / f"{number}.mp4").write_bytes(b"no video")
+        (folder / f"{number}.mp4").write_bytes(b"no video" * (number + 1))
     line = failure(capfd, tmp_path, folder)
     assert "none of the 5 clips could be used (0.mp4: " in line and "give readable videos" in line
 
 
 @pytest.mark.parametrize("unreadable", [{1}, {2}, {0, 1, 3}], ids=["calibrating", "held out", "all but the held out"])
-def test_clips_that_cannot_be_read_are_passed_over(
-    capfd: Captured, tmp_path: Path, clips: Path, unreadable: set[int]
-) -> None:
+def test_clips_that_cannot_be_read_are_passed_over(capfd: Captured, tmp_path: Path, unreadable: set[int]) -> None:
     folder = tmp_path / "clips"
     folder.mkdir()
     for number in range(4):  # of which the third measures
-        path = folder / f"{number}.mp4"
-        path.write_bytes((clips / "0.mp4").read_bytes() if number not in unreadable else b"no video")
+        if number in unreadable:
+            (folder / f"{number}.mp4").write_bytes(b"no video" * (number + 1))
+        else:
+            write_video(folder / f"{number}.mp4", frames=8 + number, size=(64, 64))
     assert main(["demo-float", str(folder), "-o", str(tmp_path / "out"), *QUICK, "--min-cosine", "0.9"]) == 0
     notes = [line for line in capfd.readouterr().err.splitlines() if line.startswith("skipped ")]
     assert [note.split(":")[0] for note in notes] == [f"skipped {number}.mp4" for number in sorted(unreadable)]
@@ -243,6 +225,18 @@ def test_labels_are_of_no_use_where_their_clips_cannot_be_read(capfd: Captured, 
     arguments = [*QUICK, "--max-drop", "5", "--questions", str(tmp_path / "questions.jsonl")]
     line = failure(capfd, tmp_path, tmp_path / "list.txt", *arguments)
     assert "all 1 are about bad.mp4; give readable videos" in line
+
+
+def test_labels_that_are_not_asked_are_counted(capfd: Captured, tmp_path: Path, clips: Path) -> None:
+    (tmp_path / "bad.mp4").write_bytes(b"no video")
+    (tmp_path / "list.txt").write_text(f"bad.mp4\n{clips / '0.mp4'}\n")
+    lines = [{"question": "Who?", "clip": clip, "answer": "a"} for clip in ("bad.mp4", "bad.mp4", str(clips / "0.mp4"))]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = [*QUICK, "--min-cosine", "0.9", "--questions", str(tmp_path / "questions.jsonl")]
+    assert main(["demo-float", str(tmp_path / "list.txt"), "-o", str(tmp_path / "out"), *words]) == 0
+    told = capfd.readouterr().err
+    assert "labelled answers: 2 of 3 questions are about clips that could not be read; they are not asked\n" in told
+    assert "labelled answers: 0 of 1 right in floating point" in told
 
 
 @pytest.mark.parametrize("labelled", [False, True])

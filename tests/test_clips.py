@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from calibration.clips import VIDEO_SUFFIXES, clips_from
+from calibration.clips import VIDEO_SUFFIXES, clips_from, distinct
 from runtime.errors import CalibrationError
 from runtime.video import open_source
 from runtime.video.source import IMAGE_SUFFIXES
@@ -237,6 +237,47 @@ def test_the_hash_of_a_folder_follows_names_and_bytes_of_its_images_alone(fill: 
     seen.append(clip.sha256())
     (moved / "10.png").unlink()
     assert len({*seen, clip.sha256()}) == 4
+
+
+def test_copies_and_links_are_told_with_the_first_of_their_content(fill: Fill) -> None:
+    folder = fill("a0.mp4", "a1.mp4", "s/1.png", "s/2.png")
+    (folder / "a2.mp4").symlink_to("a0.mp4")
+    (folder / "a10.mkv").write_bytes((folder / "a1.mp4").read_bytes())
+    (folder / "same").mkdir()
+    for image in (folder / "s").iterdir():
+        (folder / "same" / image.name).write_bytes(image.read_bytes())
+    found, copies = distinct(clips_from(folder))
+    assert [clip.name for clip in found] == ["a0.mp4", "a1.mp4", "s"]
+    assert copies == {"a2.mp4": "a0.mp4", "a10.mkv": "a1.mp4", "same": "s"}
+
+
+def test_clips_of_one_size_and_of_different_content_are_no_copies(fill: Fill, random: np.random.Generator) -> None:
+    folder = fill()
+    for name in "ab":
+        (folder / f"{name}.mp4").write_bytes(random.bytes(300))
+    found, copies = distinct(clips_from(folder))
+    assert len(found) == 2 and copies == {}
+
+
+def test_clips_that_are_alone_in_their_size_are_not_read(
+    random: np.random.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for size in (100, 101, 102):
+        (tmp_path / f"{size}.mp4").write_bytes(random.bytes(size))
+    monkeypatch.delattr(Path, "open")
+    assert len(distinct(clips_from(tmp_path))[0]) == 3
+
+
+def test_clips_that_cannot_be_read_are_no_copies(fill: Fill, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = fill("a.mp4")
+    (folder / "b.mp4").write_bytes((folder / "a.mp4").read_bytes())
+
+    def denied(path: Path, *_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    clips = clips_from(folder)
+    monkeypatch.setattr(Path, "open", denied)
+    assert distinct(clips) == (clips, {})
 
 
 def test_a_clip_that_has_gone_cannot_be_hashed(fill: Fill) -> None:

@@ -84,6 +84,38 @@ def test_a_float_weight_is_a_problem_unless_it_is_named(
     assert (found.quantized_bytes, found.float_bytes) == (0, size)
 
 
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_a_float_constant_that_is_not_finite_is_a_problem(
+    value: float, dtype: Any, random: np.random.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a weight in a file, in whichever piece of it."""
+    monkeypatch.setattr("calibration.lint.PIECE", 100)
+    model = floating(random, *(() if dtype is np.float32 else ("Cast <to: int = 1> ({})",)), dtype=dtype)
+    assign("weight", tuple(random.integers(0, 32, 2).tolist()), value)(model, random)
+    ir.save(model, tmp_path / "model.onnx", external_data="model.onnx.data", size_threshold_bytes=0)
+    line = only_problem(lint(ir.load(tmp_path / "model.onnx"), floats=["weight"]))
+    assert line == "initializer weight: found values that are not finite, expected finite numbers"
+
+
+@pytest.mark.parametrize(
+    "attribute",
+    [
+        ir.AttrTensor("value", ir.tensor(np.array([1, np.inf], np.float32))),
+        ir.AttrFloat32("value_float", -np.inf),
+        ir.AttrFloat32s("value_floats", [1, np.nan]),
+    ],
+    ids=lambda attribute: attribute.name,
+)
+def test_a_constant_node_that_is_not_finite_is_a_problem(attribute: ir.Attr) -> None:
+    model = model_of("net (float[2] x) => (float[2] y) { c = Constant <value_float = 3.5> () y = Add (x, c) }", {})
+    assert lint(model)
+    attributes = model.graph[0].attributes
+    attributes.clear()
+    attributes.add(attribute)
+    assert only_problem(lint(model)) == "Constant c: found values that are not finite, expected finite numbers"
+
+
 def test_small_float_weights_are_no_problem(random: np.random.Generator) -> None:
     found = lint(floating(random, size=31))
     assert found

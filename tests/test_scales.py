@@ -19,6 +19,7 @@ from calibration.scales import (
     ScaleTable,
     StageScales,
     TensorScale,
+    check_weights,
     encode_table,
     read_table,
     weights_hash,
@@ -85,9 +86,16 @@ def tensor(document: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def table_for(path: Path, bundle: Bundle) -> ScaleTable:
+    """A table that is read, and is of the bundle."""
+    found = read_table(path)
+    check_weights(path, found, bundle, "the bundle of these tests")
+    return found
+
+
 def refused(path: Path, bundle: Bundle) -> str:
     with pytest.raises(CalibrationError) as caught:
-        read_table(path, bundle)
+        table_for(path, bundle)
     text = str(caught.value)
     assert str(path) in text
     assert "\n" not in text and len(text) < 600, text
@@ -98,7 +106,7 @@ def refused(path: Path, bundle: Bundle) -> str:
 
 
 def test_a_table_comes_back_as_it_was_written(table: ScaleTable, path: Path, bundle: Bundle) -> None:
-    found = read_table(path, bundle)
+    found = table_for(path, bundle)
     assert found == table
     assert encode_table(found) == path.read_bytes()
 
@@ -129,7 +137,7 @@ def test_thresholds_and_smoothing_are_edited_by_hand(path: Path, bundle: Bundle)
         del document["stages"]["vision"]["tensors"]["add"]
         document["clips"] = []
 
-    found = read_table(edited(path, edit), bundle)
+    found = table_for(edited(path, edit), bundle)
     changed = found.stages["decode"].tensors["rms_norm"]
     assert (changed.threshold, changed.smooth, changed.method) == (2.0, (), "by hand")
     assert found.stages["vision"].tensors["mul"].smooth == (-3,)
@@ -137,14 +145,14 @@ def test_thresholds_and_smoothing_are_edited_by_hand(path: Path, bundle: Bundle)
 
 
 def test_a_table_of_some_stages_is_taken(path: Path, bundle: Bundle) -> None:
-    assert [*read_table(edited(path, lambda document: document["stages"].pop("vision")), bundle).stages] == ["decode"]
+    assert [*table_for(edited(path, lambda document: document["stages"].pop("vision")), bundle).stages] == ["decode"]
 
 
 def test_a_bundle_with_the_same_weights_and_another_manifest_takes_it(path: Path, bundle: Bundle) -> None:
     other = dataclasses.replace(
         bundle, manifest=msgspec.structs.replace(bundle.manifest, provenance={}), identity="0" * 64
     )
-    assert read_table(path, other)
+    assert table_for(path, other)
 
 
 # --- what is refused
@@ -156,7 +164,7 @@ def test_a_bundle_with_the_same_weights_and_another_manifest_takes_it(path: Path
 def test_a_threshold_that_gives_no_scale_is_refused(threshold: str, path: Path, bundle: Bundle) -> None:
     text = edited(path, lambda document: tensor(document).update(threshold=123.25)).read_text()
     assert text.count("123.25") == 1
-    assert read_table(path, bundle)
+    assert table_for(path, bundle)
     path.write_text(text.replace("123.25", threshold))
     assert "is not a scale table" in refused(path, bundle)
 
@@ -203,6 +211,12 @@ def test_the_refusal_says_what_is_wrong(path: Path, bundle: Bundle) -> None:
     assert "unknown field `treshold`" in refused(
         edited(path, lambda document: tensor(document).update(threshold=1, treshold=1)), bundle
     )
+
+
+@pytest.mark.parametrize("fault", [{"threshold": -1}, {"threshold": "1"}, {"smooth": [99]}, {"error": None}], ids=str)
+def test_the_refusal_names_the_entry(fault: dict[str, Any], path: Path, bundle: Bundle) -> None:
+    text = refused(edited(path, lambda document: tensor(document).update(fault)), bundle)
+    assert "'decode', entry 'rms_norm': " in text and "[...]" not in text
 
 
 @pytest.mark.parametrize(
@@ -252,4 +266,6 @@ def test_a_path_that_is_no_file_is_refused(bundle: Bundle, tmp_path: Path) -> No
     ids=["other weights", "another stage's", "unknown stage"],
 )
 def test_a_table_of_another_model_is_refused(edit: Edit, path: Path, bundle: Bundle) -> None:
-    assert "was made for other weights of the stage" in refused(edited(path, edit), bundle)
+    text = refused(edited(path, edit), bundle)
+    assert "was made for other weights of the stage" in text and "than the bundle of these tests has" in text
+    assert str(bundle.folder) not in text
