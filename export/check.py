@@ -117,7 +117,7 @@ def check_bundle(bundle: Bundle, versions: Sequence[str]) -> Report:
 
     Raises:
         OptionError: a version without rules.
-        BundleError: a graph that cannot be read.
+        BundleError: a graph that cannot be read, or is another than the manifest says.
     """
     from export.lower import release_of
 
@@ -127,7 +127,7 @@ def check_bundle(bundle: Bundle, versions: Sequence[str]) -> Report:
 
 
 def write_graphs(bundle: Bundle, version: str, folder: Path) -> dict[str, bool]:
-    """Write every stage's lowered graph, without the plugin, beside links to the weights.
+    """Write every stage's lowered graph, without the plugin, beside links to the weights: all, or no folder.
 
     Returns:
         For every stage whether it could be lowered and is there.
@@ -135,22 +135,19 @@ def write_graphs(bundle: Bundle, version: str, folder: Path) -> dict[str, bool]:
     Raises:
         OutputError: the folder cannot be written, or holds something.
     """
-    from export.lower import release_of, write_lowered
-    from runtime.errors import BundleError, OutputError
+    from export.lower import release_of
+    from export.lower.draft import folder_draft
+    from export.lower.write import put_lowered
+    from runtime.errors import BundleError
 
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise OutputError(f"{folder} holds files; give a folder that is empty or not there")
-    except OSError as error:
-        raise OutputError(f"cannot write {folder}: {error.strerror or error}; choose another folder") from error
     done = {}
-    for stage, spec in bundle.manifest.stages.items():
-        try:
-            write_lowered(bundle.folder, spec.file, release_of(version), folder, plugin=False)
-            done[stage] = True
-        except BundleError:  # the report says why
-            done[stage] = False
+    with folder_draft(folder) as draft:
+        for stage, spec in bundle.manifest.stages.items():
+            try:
+                put_lowered(bundle.path(spec.file), release_of(version), draft / spec.file, plugin=False)
+                done[stage] = True
+            except BundleError:  # the report says why
+                done[stage] = False
     return done
 
 
@@ -164,14 +161,15 @@ def written(folder: Path, done: dict[str, bool]) -> str:
 def check_stage(bundle: Bundle, stage: str, release: Release) -> StageCheck:
     """One stage, lowered without the plugin: what stands in for it is checked too."""
     from export.lower import lower, lowerings
-    from export.lower.read import read_graph
+    from export.lower.read import read_stage, understood
     from runtime.errors import BundleError
 
-    model, _ = read_graph(bundle.path(bundle.manifest.stages[stage].file))
+    model = read_stage(bundle, stage)
     edits = lowerings(model, release)
     try:
-        lower(model, release, plugin=False)
-        found = tuple(problems(model, release))
+        with understood():
+            lower(model, release, plugin=False)
+            found = tuple(problems(model, release))
     except BundleError as error:
         found = (str(error),)
     return StageCheck(stage, release.version, edits, found)

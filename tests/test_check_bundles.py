@@ -89,10 +89,13 @@ def test_a_graph_that_is_not_valid_is_a_problem(tmp_path: Path) -> None:
 
 
 def test_a_dtype_that_cannot_be_known_is_a_problem(tmp_path: Path) -> None:
-    nameless = helper.make_node("Identity", ["nothing"], ["unknown"], name="lost")
-    bundle = forge(FLOAT, tmp_path / "bundle", vision__onnx=with_node(nameless))
+    nodes = [
+        helper.make_node("Constant", [], ["number"], value_ints=[1]),
+        helper.make_node("Concat", ["tokens", "number"], ["unknown"], name="mixed", axis=0),
+    ]
+    bundle = forge(FLOAT, tmp_path / "bundle", vision__onnx=with_node(*nodes))
     (line,) = check_bundle(Bundle.open(bundle), ["11.4"]).problems
-    assert line == "11.4 vision: Identity lost: found an output of unknown dtype, expected one that ONNX infers"
+    assert line == "11.4 vision: Concat mixed: found an output of unknown dtype, expected one that ONNX infers"
 
 
 def test_versions_are_taken_once_and_newer_ones_noted() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 from pathlib import Path
 from typing import Any
 
@@ -61,15 +62,33 @@ def test_a_lowered_graph_lies_beside_links_to_the_weights(tmp_path: Path, random
     assert share({"y": found}, {"y": expected}) < EXACT
 
 
-def test_weights_are_not_read(tmp_path: Path, random: np.random.Generator) -> None:
-    """They may be larger than memory; here they are not even there."""
+def test_weights_are_not_read(tmp_path: Path, random: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may be larger than memory; here their file is not even opened."""
     bundle, _ = stored(tmp_path / "bundle", random)
-    (bundle / "decode.onnx.data").unlink()
+    opened, genuine = set(), builtins.open
+
+    def watched(file: Any, *arguments: Any, **options: Any) -> Any:
+        opened.add(Path(file).name if isinstance(file, str | Path) else file)
+        return genuine(file, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "open", watched)
     path = write_lowered(bundle, "decode.onnx", release_of("10.3"), tmp_path, plugin=True)
+    assert opened == {"decode.onnx"}
     (tensor,) = (
         tensor for tensor in onnx.load(path, load_external_data=False).graph.initializer if tensor.external_data
     )
     assert (tensor.name, tensor.data_location) == ("weight", onnx.TensorProto.EXTERNAL)
+    ir.external_data.load_to_model(ir.load(bundle / "decode.onnx"))
+    assert "decode.onnx.data" in opened  # which reading them would have shown
+
+
+def test_a_graph_in_a_folder_has_its_weights_beside_it(tmp_path: Path, random: np.random.Generator) -> None:
+    bundle, _ = stored(tmp_path / "bundle", random)
+    (tmp_path / "above").mkdir()
+    bundle.rename(tmp_path / "above" / "inner")
+    path = write_lowered(tmp_path / "above", "inner/decode.onnx", release_of("10.3"), tmp_path / "out", plugin=False)
+    assert path == tmp_path / "out" / "inner" / "decode.onnx" and path.is_file()
+    assert (path.parent / "decode.onnx.data").samefile(tmp_path / "above" / "inner" / "decode.onnx.data")
 
 
 def test_where_links_cannot_be_made_weights_are_copied(

@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from export.engine.shapes import Profiles, Ranges, profiles_of
 from export.lower import Release, lower
+from export.lower.read import read_stage
 from kernels.spec import DOMAIN, NAME
 from runtime.bundle import Bundle
 
@@ -59,7 +60,7 @@ def lowered_stages(
 def lowered_stage(bundle: Bundle, stage: str, release: Release, ranges: Ranges, plugin: bool) -> LoweredStage:
     """Lower one."""
     path = bundle.path(bundle.manifest.stages[stage].file).absolute()
-    lowered = ir.load(path)
+    lowered = read_stage(bundle, stage)
     lower(lowered, release, plugin=plugin)
     model: onnx.ModelProto = ir.to_proto(lowered)
     operators = {(node.domain, node.op_type) for node in model.graph.node}

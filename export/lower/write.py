@@ -13,11 +13,11 @@ from pathlib import Path
 import onnx_ir as ir
 
 from export.lower.graph import lower
-from export.lower.read import read_graph
+from export.lower.read import read_graph, understood
 from export.lower.release import Release
 from runtime.errors import OutputError
 
-__all__ = ["write_lowered"]
+__all__ = ["put_lowered", "write_lowered"]
 
 
 def write_lowered(bundle: Path, stage_file: str, release: Release, folder: Path, *, plugin: bool) -> Path:
@@ -35,16 +35,28 @@ def write_lowered(bundle: Path, stage_file: str, release: Release, folder: Path,
         OutputError: the folder cannot be written.
     """
     target = folder / stage_file
-    model, names = read_graph(bundle / stage_file)
-    lower(model, release, plugin=plugin)
     try:
-        for name in sorted(names):
-            link(bundle / name, folder / name)
-        target.unlink(missing_ok=True)
-        ir.save(model, target)
+        put_lowered(bundle / stage_file, release, target, plugin=plugin)
     except OSError as error:
         raise OutputError(f"cannot write {target}: {error.strerror or error}; check the folder and the disk") from error
     return target
+
+
+def put_lowered(source: Path, release: Release, target: Path, *, plugin: bool) -> None:
+    """Write ``source`` lowered to ``target``, and links to its weights beside it; nothing where it cannot be lowered.
+
+    Raises:
+        BundleError: the graph cannot be read or lowered.
+        OSError: as the file system says it; what was written until then stays.
+    """
+    model, names = read_graph(source)
+    with understood():
+        lower(model, release, plugin=plugin)
+    for name in sorted(names):
+        link(source.parent / name, target.parent / name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    ir.save(model, target)
 
 
 def link(source: Path, target: Path) -> None:
