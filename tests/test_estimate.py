@@ -13,14 +13,15 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from calibration.trt_rules import RELEASES
-from export.engine.estimate import Estimate, StageMemory, estimate, stage_memory
-from export.engine.fit import Room, changes, fits, room_of, suggestion
+from export.engine.advice import Asked, changes, suggestion
+from export.engine.estimate import Estimate, StageMemory, estimate, largest, stage_memory
+from export.engine.fit import Room, fits, room_of
 from export.engine.liveness import activation_bytes
 from export.engine.lowered import lowered_stages
 from export.engine.options import MIB, BuildOptions, numbers
 from export.engine.shapes import Ranges, ranges_of
 from export.engine.sizes import graph_at
-from export.engine.weights import Weights, engine_weights
+from export.engine.weights import Layer, Weights, engine_weights
 from export.lower import release_of
 from kernels.cuda import Device
 from runtime.bundle import Bundle
@@ -77,16 +78,16 @@ def test_the_parts_of_a_tiny_stage_are_those_computed_by_hand() -> None:
             helper.make_node("MatMul", ["r", "b"], ["m"]),
             helper.make_node("Add", ["m", "bias"], ["y"]),
         ],
-        {"x": ["frames", 8]},
+        {"x": ["frames", 18]},
         ["y"],
-        elsewhere("a", 8, 16),
-        elsewhere("b", 16, 4),
-        elsewhere("bias", 4),
+        elsewhere("a", 18, 32),
+        elsewhere("b", 32, 16),
+        elsewhere("bias", 16),
     )
-    memory = stage_memory("aggregate", graph_at(model, {"x": (10, 8)}))
-    assert memory.weights == Weights(narrow=0, linear=4 * (8 * 16 + 16 * 4), other=4 * 4)
-    assert memory.activations == 2 * 4 * 10 * 16  # h and r; then r and m, which is smaller
-    assert memory.buffers == 4 * (10 * 8 + 10 * 4)
+    memory = stage_memory("aggregate", graph_at(model, {"x": (10, 18)}))
+    assert memory.weights == Weights((Layer(18, 32, 4 * 18 * 32), Layer(32, 16, 4 * 32 * 16)), other=4 * 16)
+    assert memory.activations == 2 * 4 * 10 * 32  # h and r; then r and m, which is smaller
+    assert memory.buffers == 4 * (10 * 18 + 10 * 16)
     assert (memory.cache, memory.staging) == (0, 0)
 
 
@@ -117,6 +118,45 @@ def test_a_size_that_depends_on_values_is_refused_in_one_line() -> None:
         graph_at(model, {"x": (4,)})
 
 
+def test_an_input_that_the_manifest_lacks_is_refused_in_one_line() -> None:
+    model = model_of([helper.make_node("Relu", ["x"], ["y"])], {"x": [4]}, ["y"])
+    with pytest.raises(BackendError, match="the manifest has no input 'x'"):
+        graph_at(model, {"pixels": (4,)})
+
+
+def test_an_output_that_nothing_gives_is_refused_in_one_line() -> None:
+    model = model_of([helper.make_node("Relu", ["x"], ["y"])], {"x": [4]}, ["y", "z"])
+    with pytest.raises(BackendError, match="z have no size that could be told"):
+        graph_at(model, {"x": (4,)})
+
+
+def test_a_graph_that_lost_something_is_refused_in_one_line_or_has_sizes(
+    demo: Bundle, random: np.random.Generator
+) -> None:
+    ranges = ranges_of(demo.manifest, BuildOptions())
+    stages = lowered_stages(demo, ("vision", "refine"), release_of("10.3"), ranges, plugin=True)
+    refusals = 0
+    for _ in range(60):
+        stage = stages[str(random.choice(["vision", "refine"]))]
+        model = onnx.ModelProto.FromString(stage.model.SerializeToString())
+        node = model.graph.node[int(random.integers(len(model.graph.node)))]
+        for part in (node.input, node.output, node.attribute):
+            if part and random.random() < 0.5:
+                del part[int(random.integers(len(part)))]
+        try:
+            stage_memory(stage.stage, graph_at(model, largest(demo.manifest, stage, ranges)))
+        except BackendError as error:
+            assert "\n" not in str(error) and "could be told" in str(error)
+            refusals += 1
+    assert refusals
+
+
+def test_a_weight_of_negative_size_is_refused_in_one_line() -> None:
+    model = model_of([helper.make_node("MatMul", ["x", "w"], ["y"])], {"x": [4, 4]}, ["y"], elsewhere("w", 4, -1))
+    with pytest.raises(BackendError, match=r"w has the shape \[4, -1\]"):
+        graph_at(model, {"x": (4, 4)})
+
+
 def product(weight: str, *before: onnx.NodeProto, x: str = "x") -> list[onnx.NodeProto]:
     return [*before, helper.make_node("MatMul", [x, weight], ["y"])]
 
@@ -128,7 +168,7 @@ def weights_of(nodes: list[onnx.NodeProto], *weights: onnx.TensorProto) -> Weigh
 def test_weights_behind_a_cast_count_as_what_they_are_cast_to() -> None:
     cast = helper.make_node("Cast", ["half"], ["w"], to=TensorProto.FLOAT)
     found = weights_of(product("w", cast), elsewhere("half", 64, 32, dtype=TensorProto.FLOAT16))
-    assert found == Weights(narrow=0, linear=4 * 64 * 32, other=0)
+    assert found == Weights((Layer(64, 32, 4 * 64 * 32),), other=0)
 
 
 def test_a_weight_that_two_layers_share_counts_once() -> None:
@@ -156,7 +196,7 @@ def test_4_bit_weights_count_half_a_byte_and_their_scales_however_they_are_moved
         helper.make_node("Transpose", ["rows"], ["w"], perm=[0, 1]),
     ]
     found = weights_of(product("w", *weight), elsewhere("q", 64, 31, dtype=TensorProto.INT4), elsewhere("scale", 4, 31))
-    assert found == Weights(narrow=64 * 31 // 2 + 4 * 4 * 31, linear=0, other=0)
+    assert found == Weights((Layer(64, 31, 64 * 31 // 2 + 4 * 4 * 31, narrow=True),), other=0)
 
 
 def test_a_tensor_lives_until_its_last_use_and_views_take_no_memory(random: np.random.Generator) -> None:
@@ -245,15 +285,15 @@ def test_a_decoder_of_7_billion_parameters_has_their_weights() -> None:
     model.graph.input[0].type.tensor_type.elem_type = TensorProto.FLOAT16
     found = engine_weights(graph_at(model, {"x": (1, width)}))
     parameters = layers * (width * width + 2 * width * heads_kv + 3 * width * inner) + width * vocabulary
-    assert found == Weights(narrow=0, linear=2 * parameters, other=0, itemsize=2)
+    assert (found.linear, found.total) == (2 * parameters, 2 * parameters)
     print(f"{parameters / 1e9:.2f} billion parameters, {found.total / 2**30:.2f} GiB")
 
 
 def synthetic(random: np.random.Generator) -> Estimate:
     stages = tuple(
-        StageMemory(name, Weights(0, *(int(random.integers(1, 200) * MIB) for _ in range(2))), *sizes)
+        StageMemory(name, Weights((Layer(2, 3, sizes.pop()),), sizes.pop()), *sizes)
         for name in STAGES
-        for sizes in [[int(random.integers(1, 100) * MIB) for _ in range(2)]]
+        for sizes in [[int(random.integers(1, 200) * MIB) for _ in range(4)]]
     )
     return Estimate(stages, features=5 * MIB, workspace=7 * MIB)
 
@@ -295,11 +335,11 @@ def test_every_suggestion_makes_the_estimate_fit(demo: Bundle, share: float) -> 
     ranges = ranges_of(demo.manifest, BuildOptions())
     stages = lowered_stages(demo, STAGES, release_of("10.3"), ranges, plugin=True)
 
-    def estimated(other: Ranges) -> Estimate:
-        return estimate(demo.manifest, stages.values(), other, 0)
+    def estimated(other: Ranges, wide: bool = False) -> Estimate:
+        return estimate(demo.manifest, stages.values(), other, MIB, wide=wide)
 
     room = Room(int(estimated(ranges).one_by_one * share))
-    advice = suggestion(changes(demo.manifest, ranges, estimated), room)
+    advice = suggestion(changes(Asked(demo.manifest, BuildOptions(workspace=1), ranges, estimated)), room)
     print(advice)
     if found := re.search(r"--max (\S+)", advice):
         asked = ranges_of(demo.manifest, BuildOptions(most=numbers(found.group(1))))
@@ -314,21 +354,26 @@ def test_every_suggestion_makes_the_estimate_fit(demo: Bundle, share: float) -> 
 def test_where_nothing_helps_that_is_said(demo: Bundle) -> None:
     ranges = ranges_of(demo.manifest, BuildOptions())
     stages = lowered_stages(demo, STAGES, release_of("10.3"), ranges, plugin=True)
-    candidates = changes(demo.manifest, ranges, lambda other: estimate(demo.manifest, stages.values(), other, None))
-    assert suggestion(candidates, Room(MIB)).startswith("no smaller size, float16, INT8 or INT4")
+    asked = Asked(
+        demo.manifest,
+        BuildOptions(),
+        ranges,
+        lambda other, wide: estimate(demo.manifest, stages.values(), other, None, wide=wide),
+    )
+    assert suggestion(changes(asked), Room(MIB)).startswith("no smaller size, workspace, float16, INT8 or INT4")
 
 
-def test_a_quantised_bundle_is_not_told_to_quantise() -> None:
+def test_a_quantised_bundle_is_told_of_no_16_bits_and_of_nothing_that_it_is_already() -> None:
     bundle = Bundle.open("demo")
     ranges = ranges_of(bundle.manifest, BuildOptions())
     stages = lowered_stages(bundle, STAGES, release_of("10.3"), ranges, plugin=True)
-    found = [
-        change.advice
-        for change in changes(
-            bundle.manifest, ranges, lambda other: estimate(bundle.manifest, stages.values(), other, None)
-        )
-    ]
-    assert found and not any("quantise" in advice for advice in found)
+    asked = Asked(
+        bundle.manifest,
+        BuildOptions(),
+        ranges,
+        lambda other, wide: estimate(bundle.manifest, stages.values(), other, None, wide=wide),
+    )
+    assert {change.precision for change in changes(asked)} == {"", "INT4"}
 
 
 def test_the_memory_of_a_jetson_is_what_linux_would_give() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import cache
 
 from export.check import check_bundle
+from export.engine.advice import Asked, changes, suggestion
 from export.engine.estimate import Estimate, estimate
-from export.engine.fit import Room, changes, fits, mib, suggestion
+from export.engine.fit import Room, fits, mib
 from export.engine.lowered import LoweredStage
 from export.engine.options import MIB, BuildOptions
 from export.engine.shapes import Ranges
@@ -35,9 +37,12 @@ def check_operators(bundle: Bundle, version: str, say: Say) -> None:
         )
 
 
-def estimate_of(bundle: Bundle, stages: Iterable[LoweredStage], ranges: Ranges, options: BuildOptions) -> Estimate:
-    """Memory of all engines."""
-    return estimate(bundle.manifest, stages, ranges, options.workspace and options.workspace * MIB)
+def estimate_of(
+    bundle: Bundle, stages: Iterable[LoweredStage], ranges: Ranges, options: BuildOptions, *, wide: bool = False
+) -> Estimate:
+    """Memory of all engines; ``wide`` as if they computed in float32."""
+    workspace = None if options.workspace is None else options.workspace * MIB
+    return estimate(bundle.manifest, stages, ranges, workspace, wide=wide)
 
 
 def judge(
@@ -54,9 +59,12 @@ def judge(
         say(f"all engines together need {mib(found.together)} MiB of {mib(room.device)}: run with --low-memory")
     if how or options.force:
         return found
-    advice = suggestion(
-        changes(bundle.manifest, ranges, lambda other: estimate_of(bundle, stages.values(), other, options)), room
-    )
+
+    @cache
+    def estimated(other: Ranges, wide: bool) -> Estimate:
+        return estimate_of(bundle, stages.values(), other, options, wide=wide)
+
+    advice = suggestion(changes(Asked(bundle.manifest, options, ranges, estimated)), room)
     building = max(sum(found.building(stage)) for stage in found.stages)
     raise BackendError(
         f"memory: the engines need {mib(found.together)} MiB together, {mib(found.one_by_one)} MiB one at a time, and "

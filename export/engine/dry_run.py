@@ -13,7 +13,7 @@ from calibration.trt_rules import RELEASES
 from export.engine.admit import check_operators, estimate_of, judge
 from export.engine.device import REFINE, found_device, pool_scales
 from export.engine.estimate import Estimate
-from export.engine.fit import Room, mib, room_of
+from export.engine.fit import Room, fits, mib, room_of
 from export.engine.lowered import lowered_stages
 from export.engine.options import MIB, BuildOptions
 from export.engine.shapes import chosen_stages, ranges_of
@@ -52,7 +52,8 @@ def rehearsed(path: str, options: BuildOptions, version: str | None, memory: int
         path: the bundle's folder.
         options: as for a build.
         version: of TensorRT; None for the one that is installed, else the newest known.
-        memory: MiB of a device that shares its memory with the host, as Jetson's do; None for the GPU that is here.
+        memory: MiB of a device that shares its memory with the host, as Jetson's do; None for the GPU that is here,
+            and where none is for such a device of as much as ``options`` make do with.
         say: told what is not part of the table.
 
     Raises:
@@ -70,20 +71,22 @@ def rehearsed(path: str, options: BuildOptions, version: str | None, memory: int
     lowered = lowered_stages(bundle, stages, release, ranges, plugin=plugin)
     yield from table(estimate_of(bundle, lowered.values(), ranges, options), release.version)
     if device.room:
-        judge(bundle, lowered, ranges, options, device.room, say)
-        yield f"fits into {mib(device.room.device)} MiB"
+        found = judge(bundle, lowered, ranges, options, device.room, say)
+        how = "fits" if fits(found, device.room) else "--force would build it, but it does not fit"
+        yield f"{how} into {mib(device.room.device)} MiB"
 
 
 def surroundings(options: BuildOptions, memory: int | None) -> Surroundings:
     """What is here; the newest TensorRT and a Jetson where there is nothing. Memory that was named holds."""
-    most = options.max_memory and options.max_memory * MIB
-    room = None if memory is None else Room(min(memory * MIB, most or memory * MIB), unified=True)
+    limits = [size * MIB for size in (memory, options.max_memory) if size is not None]
+    jetson = Room(min(limits), unified=True) if limits else None
     try:
         here = found_device()
     except (DependencyError, BackendError):
-        return Surroundings(list(RELEASES)[-1], ORIN, room)
-    if room:
-        return Surroundings(here.target.tensorrt, ORIN, room)
+        return Surroundings(list(RELEASES)[-1], ORIN, jetson)
+    if memory is not None:
+        return Surroundings(here.target.tensorrt, ORIN, jetson)
+    most = None if options.max_memory is None else options.max_memory * MIB
     return Surroundings(here.target.tensorrt, here.target.sm, room_of(here.gpu, here.free, most))
 
 

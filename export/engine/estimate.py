@@ -13,11 +13,11 @@ from export.engine.liveness import activation_bytes
 from export.engine.lowered import LoweredStage
 from export.engine.options import MIB
 from export.engine.shapes import Ranges, profiles_of
-from export.engine.sizes import Graph, graph_at
+from export.engine.sizes import Graph, graph_at, in_float32
 from export.engine.weights import Weights, engine_weights
 from runtime.manifest import Manifest
 
-__all__ = ["WORKSPACE", "Estimate", "StageMemory", "estimate", "stage_memory"]
+__all__ = ["WORKSPACE", "Estimate", "StageMemory", "estimate", "largest", "stage_memory"]
 
 # Scratch memory of the hungriest layer where none is asked for; an assumption: twice the workspace that cuBLAS takes
 # for itself on its largest GPUs (32 MiB on Hopper, cuBLAS documentation, "Results reproducibility").
@@ -87,7 +87,9 @@ class Estimate:
         return 2 * stage.weights.total, self.scratch(stage) + stage.buffers + stage.cache
 
 
-def estimate(manifest: Manifest, stages: Iterable[LoweredStage], ranges: Ranges, workspace: int | None) -> Estimate:
+def estimate(
+    manifest: Manifest, stages: Iterable[LoweredStage], ranges: Ranges, workspace: int | None, *, wide: bool = False
+) -> Estimate:
     """Of lowered graphs at the largest sizes of their profiles.
 
     Args:
@@ -95,14 +97,16 @@ def estimate(manifest: Manifest, stages: Iterable[LoweredStage], ranges: Ranges,
         stages: of it, all that will be open together.
         ranges: sizes of every key; those of the stages' profiles, or others to see what they would take.
         workspace: bytes one layer may take; None where it was not asked.
+        wide: as if what the graphs have in 16 bits were float32.
 
     Raises:
         BackendError: the size of a tensor cannot be told.
     """
     return Estimate(
         stages=tuple(
-            stage_memory(stage.stage, graph_at(stage.model, largest(manifest, stage, ranges)), stage.in_place)
+            stage_memory(stage.stage, in_float32(graph) if wide else graph, stage.in_place)
             for stage in stages
+            for graph in [graph_at(stage.model, largest(manifest, stage, ranges))]
         ),
         features=features(manifest, ranges),
         workspace=WORKSPACE if workspace is None else workspace,

@@ -22,7 +22,7 @@ from runtime.errors import OptionError
 from runtime.kv_cache import ANSWER_ROOM, CACHE_BLOCK, rounded
 from runtime.manifest import STAGES, Manifest, TensorSpec
 
-__all__ = ["Profiles", "Range", "Ranges", "chosen_stages", "profiles_of", "ranges_of"]
+__all__ = ["TEXT", "Profiles", "Range", "Ranges", "chosen_stages", "profiles_of", "ranges_of"]
 
 TEXT = 32  # tokens of a usual question
 MOST_TEXT = 512  # tokens, unless asked otherwise

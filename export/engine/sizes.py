@@ -9,8 +9,9 @@ Runs no graph, and needs neither TensorRT nor ONNX Runtime.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,16 @@ from onnx.reference import ReferenceEvaluator
 from kernels.spec import DOMAIN, NAME, pooled_length
 from runtime.errors import BackendError
 
-__all__ = ["Graph", "TensorSize", "graph_at"]
+__all__ = ["Graph", "TensorSize", "graph_at", "in_float32"]
 
-INFERENCE_ERRORS = (onnx.defs.SchemaError, shape_inference.InferenceError, RuntimeError)  # share no base class
+INFERENCE_ERRORS = (  # share no base class
+    onnx.checker.ValidationError,
+    onnx.defs.SchemaError,
+    shape_inference.InferenceError,
+    RuntimeError,
+)
+ODD_GRAPHS = (ArithmeticError, AttributeError, LookupError, StopIteration, TypeError, ValueError)  # of what is no node
+HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 KNOWN = 64  # elements of a tensor that is worth evaluating: a shape, an axis, an index
 
 
@@ -66,23 +74,48 @@ def graph_at(model: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]]) -> G
     Raises:
         BackendError: the size of a tensor cannot be told.
     """
-    model = inliner.inline_selected_functions(model, [(DOMAIN, NAME)], exclude=True)
-    walk = Walk(model, shapes)
+    with told("the inputs and weights"):
+        model = inliner.inline_selected_functions(model, [(DOMAIN, NAME)], exclude=True)
+        walk = Walk(model, shapes)
     for node in model.graph.node:
-        try:
+        with told(f"the outputs of {node.op_type} {node.name or ', '.join(node.output)}"):
             walk.visit(node)
-        except (*INFERENCE_ERRORS, KeyError, StopIteration, TypeError, ValueError) as error:
-            raise BackendError(
-                f"the outputs of {node.op_type} {node.name or node.output[0]} have no size that could be told "
-                f"({error!s:.100}); export the bundle again"
-            ) from error
-    return Graph(
-        nodes=tuple(model.graph.node),
-        inputs=tuple(value.name for value in model.graph.input),
-        outputs=tuple(value.name for value in model.graph.output),
-        constants=frozenset(walk.constants),
-        sizes={name: size_of(kind) for name, kind in walk.types.items()},
-    )
+    outputs = tuple(value.name for value in model.graph.output)
+    with told(f"{', '.join(sorted({*outputs} - walk.types.keys())) or 'tensors'}"):
+        return Graph(
+            nodes=tuple(model.graph.node),
+            inputs=tuple(value.name for value in model.graph.input),
+            outputs=outputs,
+            constants=frozenset(walk.constants),
+            sizes={name: size_of(walk.types[name]) for name in (*walk.types, *outputs)},
+        )
+
+
+@contextmanager
+def told(what: str) -> Iterator[None]:
+    """Say of what the size cannot be told.
+
+    Raises:
+        BackendError: in place of what odd graphs raise.
+    """
+    try:
+        yield
+    except (*INFERENCE_ERRORS, *ODD_GRAPHS) as error:
+        reason = " ".join(str(error).split())
+        raise BackendError(
+            f"{what:.200} have no size that could be told ({reason:.100}); export the bundle again"
+        ) from error
+
+
+def in_float32(graph: Graph) -> Graph:
+    """A graph as it would be if what is 16 bits wide were float32."""
+    sizes = {name: replace(size, dtype=widened(size.dtype)) for name, size in graph.sizes.items()}
+    return replace(graph, sizes=sizes)
+
+
+def widened(dtype: ir.DataType) -> ir.DataType:
+    """Float32 for 16 bits."""
+    return ir.DataType.FLOAT if dtype in HALVES else dtype
 
 
 class Walk:
@@ -99,11 +132,15 @@ class Walk:
             self.hold(tensor.name, tensor)
         for value in model.graph.input:
             if value.name not in self.constants:
+                if value.name not in shapes:
+                    raise ValueError(f"the manifest has no input {value.name!r}")
                 element = value.type.tensor_type.elem_type
                 self.types[value.name] = helper.make_tensor_type_proto(element, shapes[value.name])
 
     def hold(self, name: str, tensor: onnx.TensorProto) -> None:
         """Keep a constant's size, and its values where they are few and here."""
+        if min(tensor.dims, default=0) < 0:  # ONNX's inference of a Slice would end the process
+            raise ValueError(f"{name} has the shape {list(tensor.dims)}")
         self.constants.add(name)
         self.types[name] = helper.make_tensor_type_proto(tensor.data_type, tensor.dims)
         if math.prod(tensor.dims) <= KNOWN and tensor.data_location != onnx.TensorProto.EXTERNAL:

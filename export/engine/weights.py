@@ -7,6 +7,7 @@ folded to floating point, so they count as that.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,9 +15,10 @@ from dataclasses import dataclass
 import onnx
 import onnx_ir as ir
 
+from calibration.linears import SMALLEST
 from export.engine.sizes import Graph
 
-__all__ = ["MOVES", "Weights", "constant_names", "engine_weights"]
+__all__ = ["MOVES", "Layer", "Weights", "constant_names", "engine_weights"]
 
 MOVES = ("Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Transpose")  # the same elements elsewhere
 PRODUCTS = ("MatMul", "Gemm", "Conv")
@@ -33,24 +35,45 @@ INT8 = (ir.DataType.INT8, ir.DataType.UINT8)
 
 
 @dataclass(frozen=True)
-class Weights:
-    """Bytes of an engine's weights.
+class Layer:
+    """The weight (rows, columns) of a linear layer that is quantised, or can be.
 
     Attributes:
-        narrow: quantised weights and their scales.
-        linear: weights of products in floating point, which quantisation would make smaller.
-        other: everything else.
-        itemsize: bytes of one element of ``linear``.
+        bytes: with its scales.
+        narrow: it is quantised.
     """
 
-    narrow: int
-    linear: int
+    rows: int
+    columns: int
+    bytes: int
+    narrow: bool = False
+
+
+@dataclass(frozen=True)
+class Weights:
+    """An engine's weights.
+
+    Attributes:
+        layers: those that are quantised or would be.
+        other: bytes of everything else.
+    """
+
+    layers: tuple[Layer, ...]
     other: int
-    itemsize: int = 4
+
+    @property
+    def narrow(self) -> int:
+        """Bytes of quantised layers."""
+        return sum(layer.bytes for layer in self.layers if layer.narrow)
+
+    @property
+    def linear(self) -> int:
+        """Bytes of layers in floating point."""
+        return sum(layer.bytes for layer in self.layers if not layer.narrow)
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Bytes of all of them."""
         return self.narrow + self.linear + self.other
 
 
@@ -63,19 +86,21 @@ def engine_weights(graph: Graph) -> Weights:
         if not is_folded(node, constants):
             for name in filter(None, node.input):
                 users[name].append(node)
-    sums = dict.fromkeys(("narrow", "linear", "other"), 0)
-    itemsize = 4
-    for name in constants & (users.keys() | set(graph.outputs)):
+    depending = depending_names(graph)
+    layers, other = [], 0
+    for name in sorted(constants & (users.keys() | set(graph.outputs))):
+        shape, size = graph.sizes[name].shape, graph.sizes[name].bytes
         quantized = dequantized(name, producers)
-        in_product = [node for node in users[name] if node.op_type in PRODUCTS and is_second(node, name)]
-        if quantized is not None and stays_narrow(graph, quantized, in_product, producers):
-            sums["narrow"] += sum(graph.sizes[part].bytes for part in quantized.input if part)
-            continue
-        size = graph.sizes[name]
-        sums["linear" if in_product and len(size.shape) > 1 else "other"] += size.bytes
-        if in_product:
-            itemsize = min(itemsize, int(size.dtype.itemsize))
-    return Weights(**sums, itemsize=itemsize)
+        products = [node for node in users[name] if node.op_type in PRODUCTS and is_second(node, name)]
+        narrow = quantized is not None and stays_narrow(graph, quantized, products, producers)
+        if quantized is not None and narrow:
+            size = sum(graph.sizes[part].bytes for part in quantized.input if part)
+        if narrow or any(is_layer(graph, node, depending) for node in products):
+            rows = math.prod(shape[:-1])
+            layers.append(Layer(rows, math.prod(shape) // max(rows, 1), size, narrow))
+        else:
+            other += size
+    return Weights(tuple(layers), other)
 
 
 def constant_names(graph: Graph) -> set[str]:
@@ -91,6 +116,24 @@ def is_folded(node: onnx.NodeProto, constants: Iterable[str]) -> bool:
     """Whether an engine holds a node's outputs in place of its inputs, which are all constants."""
     given = [name for name in node.input if name]
     return bool(given) and node.op_type not in COMPUTED and all(name in constants for name in given)
+
+
+def depending_names(graph: Graph) -> set[str]:
+    """What is computed from the graph's inputs; engines compute everything else once."""
+    names = set(graph.inputs) - graph.constants
+    for node in graph.nodes:
+        if not names.isdisjoint(node.input):
+            names.update(node.output)
+    return names
+
+
+def is_layer(graph: Graph, product: onnx.NodeProto, depending: Iterable[str]) -> bool:
+    """Whether calibration would quantise a product with a constant; ``calibration.linears`` has the rules."""
+    source, weight = product.input[:2]
+    shape = graph.sizes[weight].shape
+    if product.op_type != "MatMul" or source not in depending or len(graph.sizes[source].shape) == 1:
+        return False
+    return len(shape) == 2 and min(shape) >= SMALLEST
 
 
 def dequantized(name: str, producers: dict[str, onnx.NodeProto]) -> onnx.NodeProto | None:
