@@ -15,21 +15,16 @@ import importlib.util
 import io
 import json
 import os
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from types import FrameType
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NoReturn
 
 from runtime.backend_names import BACKENDS
 from runtime.errors import DependencyError, LinvtError
+from runtime.interrupts import INTERRUPTED, ending, forget_interrupt
 
 __all__ = ["Parser", "add_backend_options", "ascii_json", "backend_options", "guarded", "printable", "require_extra"]
-
-INTERRUPTED = 130
-TERMINATED = 143
 
 
 class Parser(argparse.ArgumentParser):
@@ -71,7 +66,7 @@ def guarded(program: str, command: Callable[[], int]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="replace")
     try:
-        with terminable():
+        with ending():
             code = command()
             if sys.stdout is not None:  # None where it was closed before we began
                 sys.stdout.flush()
@@ -79,6 +74,7 @@ def guarded(program: str, command: Callable[[], int]) -> int:
     except LinvtError as error:
         return complain(program, str(error), 1)
     except KeyboardInterrupt:
+        forget_interrupt()
         return complain(program, "interrupted", INTERRUPTED)
     except BrokenPipeError:  # whoever read our output has left: nothing more to say to anybody
         silence_stdout()
@@ -116,21 +112,3 @@ def silence_stdout() -> None:
     """Send what is still buffered nowhere, so that Python does not complain about it when it exits."""
     with suppress(OSError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-@contextmanager
-def terminable() -> Iterator[None]:
-    """Let SIGTERM end the block as Ctrl-C does; only a program's main thread can."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def terminate(number: int, frame: FrameType | None) -> NoReturn:
-    """End as after Ctrl-C, so that unfinished files are removed."""
-    raise SystemExit(TERMINATED)
