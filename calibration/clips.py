@@ -91,7 +91,7 @@ def distinct(clips: Sequence[Clip]) -> tuple[tuple[Clip, ...], dict[str, str]]:
 
     What is alone in its size is not read. A clip that cannot be read is like no other: when it is played, that shows.
     """
-    sizes = [clip.size() for clip in clips]
+    sizes = [_size(clip) for clip in clips]
     counts = Counter(sizes)
     first: dict[str, Clip] = {}
     copies: dict[str, str] = {}
@@ -100,6 +100,14 @@ def distinct(clips: Sequence[Clip]) -> tuple[tuple[Clip, ...], dict[str, str]]:
         if found is not clip:
             copies[clip.name] = found.name
     return tuple(first.values()), copies
+
+
+def _size(clip: Clip) -> int | None:
+    """Bytes of a clip; None where that cannot be read."""
+    try:
+        return clip.size()
+    except CalibrationError:
+        return None
 
 
 def _content(clip: Clip) -> str:

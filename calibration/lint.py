@@ -14,9 +14,9 @@ import numpy as np
 import onnx_ir as ir
 
 from calibration.qdq_rules import DEQUANTIZE, QUANTIZE, SCALES, is_layer, node_problems, stored
-from calibration.trt_rules import constant, operator_problems, problem, supports
+from calibration.trt_rules import constant, operator_problems, supports
 
-__all__ = ["Lint", "lint"]
+__all__ = ["Lint", "infinite_constants", "lint"]
 
 FLOATS = (*SCALES, ir.DataType.DOUBLE)
 SMALLEST = 1024  # elements: below, a float weight is not worth a word
@@ -45,14 +45,14 @@ class Lint:
         return not self.problems
 
 
-def lint(model: ir.Model, *, floats: Collection[str] = ()) -> Lint:
-    """Check one graph; ``floats`` names the weights that are meant to stay in float."""
+def lint(model: ir.Model, *, floats: Collection[str] = (), infinite: Collection[str] = ()) -> Lint:
+    """Check one graph; ``floats`` names the weights that are meant to stay in float, ``infinite`` the masks in it."""
     nodes = list(model.graph.all_nodes())
     left = float_weights(nodes)
     problems = [*operator_problems(model)]
     for node in nodes:
         problems += node_problems(node)
-    problems += value_problems(model)
+    problems += value_problems(model, infinite)
     problems += [
         f"{layer} of {name}: found {size} bytes left in float by accident, expected int8, int4 or a name in floats"
         for name, size, layer in left
@@ -61,17 +61,24 @@ def lint(model: ir.Model, *, floats: Collection[str] = ()) -> Lint:
     return Lint(tuple(problems), *sizes(model), left, supports(model))
 
 
-def value_problems(model: ir.Model) -> Iterator[str]:
+def value_problems(model: ir.Model, meant: Collection[str]) -> Iterator[str]:
     """Float constants that are not finite; scales of QuantizeLinear and DequantizeLinear have a rule of their own."""
+    for name in infinite_constants(model):
+        if name not in meant:
+            yield f"constant {name}: found values that are not finite, expected finite numbers"
+
+
+def infinite_constants(model: ir.Model) -> Iterator[str]:
+    """Names of float constants that hold an infinite value or one that is no number, scales left out."""
     for graph in (model.graph, *model.graph.subgraphs()):
         for name, value in graph.initializers.items():
             scale = any(is_operand(use.node, use.idx) for use in value.uses())
             if value.const_value is not None and not scale and not is_finite(value.const_value):
-                yield f"initializer {name}: found values that are not finite, expected finite numbers"
+                yield name
     for function in (model.graph, *(function.graph for function in model.functions.values())):
         for node in function.all_nodes():
             if node.op_type == "Constant" and not all(map(is_finite, constants_of(node))):
-                yield problem(node, "values that are not finite", "finite numbers")
+                yield str(node.outputs[0].name)
 
 
 def constants_of(node: ir.Node) -> Iterator[ir.TensorProtocol]:

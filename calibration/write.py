@@ -161,7 +161,8 @@ def written(target: Path) -> Iterator[None]:
         yield
     except OSError as error:
         # A write that the disk cut short comes without the system's reason and number.
-        advice = ADVICE.get(error.errno or errno.ENOSPC, "choose another place")
+        full = error.errno is None and type(error) is OSError
+        advice = ADVICE.get(errno.ENOSPC if full else error.errno or 0, "choose another place")
         raise OutputError(f"cannot write {target}: {error.strerror or error}; {advice}") from error
 
 

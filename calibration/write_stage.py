@@ -13,7 +13,7 @@ import msgspec
 import onnx_ir as ir
 
 from calibration.linears import exempt_weights, grouped
-from calibration.lint import Lint, lint
+from calibration.lint import Lint, infinite_constants, lint
 from calibration.measure import Examples, Loss, measured
 from calibration.passes import lower_opset
 from calibration.plan import Plan, built, float_graph
@@ -111,7 +111,8 @@ class StageWriter:
         """The written graph, linted; only ``floats`` and weights that are no layers may be in floating point."""
         allowed = {name.split("#")[0] for name in floats}
         allowed |= {f"{name}.smoothed" for name in allowed} | exempt_weights(model)
-        found = lint(ir.load(self.draft / spec.file), floats=allowed)
+        meant = set(infinite_constants(model))
+        found = lint(ir.load(self.draft / spec.file), floats=allowed, infinite=meant)
         if not found:
             raise CalibrationError(f"{stage}: {found.problems[0]}; this is a fault of the quantiser, please report it")
         return found

@@ -294,3 +294,9 @@ def test_a_name_that_is_not_utf_8_is_escaped_and_its_file_is_found(tmp_path: Pat
     (clip,) = clips_from(tmp_path)
     assert clip.name == "\\xff\\xfe.mp4"
     assert clip.path == path and clip.sha256() == hashlib.sha256(b"video").hexdigest()
+
+
+def test_a_clip_that_vanished_is_like_no_other(fill: Fill) -> None:
+    clips = clips_from(fill("a.mp4", "b.mp4"))
+    clips[1].path.unlink()
+    assert distinct(clips) == (clips, {})

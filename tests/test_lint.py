@@ -95,7 +95,8 @@ def test_a_float_constant_that_is_not_finite_is_a_problem(
     assign("weight", tuple(random.integers(0, 32, 2).tolist()), value)(model, random)
     ir.save(model, tmp_path / "model.onnx", external_data="model.onnx.data", size_threshold_bytes=0)
     line = only_problem(lint(ir.load(tmp_path / "model.onnx"), floats=["weight"]))
-    assert line == "initializer weight: found values that are not finite, expected finite numbers"
+    assert line == "constant weight: found values that are not finite, expected finite numbers"
+    assert lint(ir.load(tmp_path / "model.onnx"), floats=["weight"], infinite=["weight"])
 
 
 @pytest.mark.parametrize(
@@ -113,7 +114,8 @@ def test_a_constant_node_that_is_not_finite_is_a_problem(attribute: ir.Attr) -> 
     attributes = model.graph[0].attributes
     attributes.clear()
     attributes.add(attribute)
-    assert only_problem(lint(model)) == "Constant c: found values that are not finite, expected finite numbers"
+    assert only_problem(lint(model)) == "constant c: found values that are not finite, expected finite numbers"
+    assert lint(model, infinite=["c"])
 
 
 def test_small_float_weights_are_no_problem(random: np.random.Generator) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from calibration import write
-from calibration.write import bundle_draft, file_specs, replace_file
+from calibration.write import bundle_draft, file_specs, replace_file, written
 from runtime.errors import OutputError
 
 ROOT = Path(__file__).parents[1]
@@ -143,6 +144,12 @@ def test_somebody_who_was_faster_is_not_overwritten(tmp_path: Path) -> None:
 
 
 # --- what ends it early
+
+
+def test_what_is_no_full_disk_is_not_called_one(tmp_path: Path) -> None:
+    (tmp_path / "a").touch()
+    with pytest.raises(OutputError, match="are the same file; choose another place"), written(tmp_path):
+        shutil.copy(tmp_path / "a", tmp_path / "a")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
-"""``folder_draft``: a folder of links and graphs that appears whole or not at all.
+"""``folder_draft``: a folder of links and graphs, whole or not at all.
 
 As ``calibration.write.bundle_draft`` does, but replaces nothing, and leaves what its links lead to alone: putting a
-bundle in place sets the mode of every file in it.
+bundle in place sets the mode of every file in it. An empty folder that is there is filled where it is, for it may be a
+place to mount at, or stand where nothing can be renamed: only a killed process leaves half of it.
 """
 
 from __future__ import annotations
@@ -21,32 +22,47 @@ __all__ = ["folder_draft"]
 
 @contextmanager
 def folder_draft(folder: Path) -> Iterator[Path]:
-    """A folder to fill that becomes ``folder`` when the block ends without an error.
+    """A folder to fill: it becomes ``folder`` when the block ends without an error, or is that, emptied otherwise.
 
     Raises:
-        OutputError: ``folder`` holds something, is the working folder, or cannot be written.
+        OutputError: ``folder`` holds something, or cannot be written.
     """
-    target = Path(os.path.realpath(folder))
-    refuse_occupied(folder, target)
+    with written(folder):
+        target = Path(os.path.realpath(folder))
+        refuse_occupied(folder, target)
+        with emptied(target) if target.is_dir() else renamed(target) as draft:
+            yield draft
+
+
+def refuse_occupied(folder: Path, target: Path) -> None:
+    """The folder is not there, or empty."""
+    if os.path.lexists(target) and not target.is_dir():
+        raise OutputError(f"{folder} is a file; give a folder that is empty or not there")
+    if target.is_dir() and any(target.iterdir()):
+        raise OutputError(f"{folder} holds files; give a folder that is empty or not there")
+
+
+@contextmanager
+def emptied(folder: Path) -> Iterator[Path]:
+    """A folder that is as empty as before unless the block ends without an error."""
+    done = False
+    try:
+        yield folder
+        done = True
+    finally:
+        for path in () if done else list(folder.iterdir()):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+@contextmanager
+def renamed(target: Path) -> Iterator[Path]:
+    """A folder beside ``target`` that takes its name in one step; one that somebody filled meanwhile is refused."""
     draft = target.with_name(f"{draft_prefix(target)}{os.getpid()}-{secrets.token_hex(4)}")
-    with made_parents(target), written(folder):
+    with made_parents(target):
         remove_abandoned(target)
         try:
             draft.mkdir()
             yield draft
-            if target.exists():
-                shutil.copymode(target, draft)
-            draft.rename(target)  # in one step; an empty folder goes, one that was filled meanwhile is refused
+            draft.rename(target)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
-
-
-def refuse_occupied(folder: Path, target: Path) -> None:
-    """The folder is not there, or empty and nobody's place."""
-    with written(folder):
-        if os.path.lexists(target) and not target.is_dir():
-            raise OutputError(f"{folder} is a file; give a folder that is empty or not there")
-        if target.is_dir() and any(target.iterdir()):
-            raise OutputError(f"{folder} holds files; give a folder that is empty or not there")
-    if target == Path.cwd():
-        raise OutputError(f"{folder} is the working folder; give another, which is empty or not there")

@@ -1,7 +1,7 @@
 """What has to hold of a graph before it means anything to look at its nodes, each refused in one line.
 
-It computes something, every tensor that is read is made somewhere, its weights lie inside their files, and it takes
-and gives what the manifest says. ONNX Runtime refuses the same when it opens a graph; TensorRT when it parses one.
+It computes something, every tensor that is read is made somewhere, no node gives more than its operator does, weights
+lie inside their files, and the graph takes and gives what the manifest says. Sparse weights are not known here.
 
 Of files of weights the size alone is asked. Does not look at what nodes compute.
 """
@@ -36,6 +36,7 @@ def check_computes(model: ir.Model, path: Path) -> None:
         if not is_made(value):
             raise BundleError(f"{path}: found no node that gives its output {value.name!r:.80}, expected one; {AGAIN}")
     for node in every_node(model):
+        check_outputs(node, path)
         for read in node.inputs:
             if read is not None and not is_made(read):
                 name = f"{node.op_type} {node.name}".strip()
@@ -43,6 +44,20 @@ def check_computes(model: ir.Model, path: Path) -> None:
                     f"{path}: {name:.80} reads {read.name!r:.80}: found nothing that gives it, expected a node, an "
                     f"input or a weight; {AGAIN}"
                 )
+
+
+def check_outputs(node: ir.Node, path: Path) -> None:
+    """A node gives no more than ONNX lets it; its inference of a Split that does would end the process.
+
+    Raises:
+        BundleError: it does.
+    """
+    split = node.attributes.get("num_outputs") if node.op_type == "Split" and not node.domain else None
+    if split is not None and not split.is_ref() and split.as_int() != len(node.outputs):
+        raise BundleError(
+            f"{path}: {node.op_type} {node.name}: found {len(node.outputs)} outputs, expected num_outputs, which is "
+            f"{split.as_int()}; {AGAIN}"
+        )
 
 
 def is_made(value: ir.Value) -> bool:
@@ -54,8 +69,7 @@ def check_weights(model: ir.Model, path: Path) -> None:
     """Weights have the values that their shapes ask for; those in files have them inside their files.
 
     Raises:
-        BundleError: a file is too short.
-        OSError: a file is not there.
+        BundleError: a file is not there or too short.
         ValueError: a weight in the graph's own file has too few values.
     """
     sizes: dict[str, int] = {}
@@ -65,6 +79,11 @@ def check_weights(model: ir.Model, path: Path) -> None:
             continue
         name = str(tensor.location)
         if name not in sizes:
+            if not (path.parent / name).is_file():
+                raise BundleError(
+                    f"{path}: found no file {name!r:.80}, in which its weight {tensor.name!r:.80} should lie; copy the "
+                    "bundle again or export it again"
+                )
             sizes[name] = (path.parent / name).stat().st_size
         if tensor.length not in (None, tensor.nbytes):
             raise BundleError(
