@@ -75,7 +75,7 @@ class Signals:
 
     def again(self, number: int) -> None:
         """Ask for a signal anew."""
-        self.waiting[number] = threading.Timer(AGAIN, _thread.interrupt_main, (number,))
+        self.waiting[number] = threading.Timer(AGAIN, send, (number,))
         self.waiting[number].start()
 
     def repeat(self, lost: sys.UnraisableHookArgs) -> bool:
@@ -103,6 +103,15 @@ class Signals:
         while self.waiting:
             _, timer = self.waiting.popitem()
             timer.cancel()
+
+
+def send(number: int) -> None:
+    """A signal to the main thread, which wakes it where the system can."""
+    thread = threading.main_thread().ident
+    if hasattr(signal, "pthread_kill") and thread is not None:
+        signal.pthread_kill(thread, number)
+    else:
+        _thread.interrupt_main(signal.Signals(number))
 
 
 def imports(frame: FrameType | None) -> int:
