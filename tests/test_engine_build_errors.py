@@ -137,7 +137,8 @@ def test_a_node_that_tensorrt_would_refuse_is_named_before_anything_is_built(
 def test_graphs_in_each_others_place_are_refused_in_one_line(bundle: Path, tmp_path: Path, capfd: Captured) -> None:
     vision, refine = ((bundle / f"{stage}.onnx").read_bytes() for stage in ("vision", "refine"))
     swapped = forge(bundle, tmp_path / "swapped", vision__onnx=refine, refine__onnx=vision)
-    refused(capfd, [str(swapped), "--dry-run", "--tensorrt", "10.3"], 1, export.build.main)
+    line = refused(capfd, [str(swapped), "--dry-run", "--tensorrt", "10.3"], 1, export.build.main)
+    assert "is not as bundle.json says: found " in line and "export the bundle again" in line
 
 
 @pytest.mark.parametrize("version", [OLDEST, NEWEST])
